@@ -1,0 +1,2 @@
+//! pgoutbox: the transactional outbox for Postgres, straight from the write-ahead log.
+#![warn(missing_docs)]
