@@ -1,2 +1,6 @@
 //! pgoutbox: the transactional outbox for Postgres, straight from the write-ahead log.
 #![warn(missing_docs)]
+
+pub mod lsn;
+pub mod pg;
+pub mod retry;

@@ -1,0 +1,300 @@
+//! The streaming replication protocol: IDENTIFY_SYSTEM, START_REPLICATION, XLogData, keepalives, standby status.
+//!
+//! The traps. A keepalive's `wal_end` is how far the walsender has *decoded*, so everything at or below it is in this
+//! stream before it; but inside a transaction it equals that transaction's own `commit_lsn`. PostgreSQL 18 says by a mere
+//! warning that it skips the rows of a missing publication. And a status is written whole or not at all.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::{Buf, Bytes};
+use tokio::time::timeout;
+
+use super::connection::{Connection, Frame};
+use super::error::{Error, ServerError};
+use super::settings::{Host, Settings};
+use crate::lsn::Lsn;
+
+/// 2000-01-01 UTC, Postgres' epoch, in seconds since 1970.
+pub const EPOCH_SECONDS: u64 = 946_684_800;
+
+/// Writing a few bytes blocks only when the peer has not read for so long that its socket is full.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a clean end may take: the server answers as soon as it has read our last status.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// `object_not_in_prerequisite_state`: in a notice of a stream, a publication that is skipped.
+const SKIPPED_PUBLICATION: &str = "55000";
+
+/// Which server this is: positions mean something only on one system and one timeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The cluster's identifier, given at initdb.
+    pub system: String,
+    /// The timeline, one higher after each promotion.
+    pub timeline: u32,
+}
+
+/// What the stream says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// One pgoutput message.
+    Data(Bytes),
+    /// Nothing to send, up to here.
+    Keepalive {
+        /// How far the server has decoded.
+        wal_end: Lsn,
+        /// Whether it wants a status now.
+        reply_requested: bool,
+    },
+}
+
+/// What we tell Postgres.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Received by us: as far as we have read.
+    pub received: Lsn,
+    /// Held by the broker: what Postgres may forget.
+    pub settled: Lsn,
+    /// Whether we want a keepalive now: a ping.
+    pub reply_requested: bool,
+}
+
+/// A connection in replication mode, before it streams.
+#[derive(Debug)]
+pub struct Replication {
+    connection: Connection,
+}
+
+/// A running stream.
+#[derive(Debug)]
+pub struct Stream {
+    connection: Connection,
+}
+
+impl Replication {
+    /// Connects and logs in.
+    ///
+    /// # Errors
+    /// See [`Connection::open`].
+    pub async fn open(host: &Host, settings: &Settings) -> Result<Self, Error> {
+        Ok(Self { connection: Connection::open(host, settings).await? })
+    }
+
+    /// Which server this is, and how far its WAL goes.
+    ///
+    /// # Errors
+    /// `Protocol` when the answer is not one.
+    pub async fn identify(&mut self) -> Result<(Identity, Lsn), Error> {
+        let rows = self.connection.query("IDENTIFY_SYSTEM").await?;
+        let wrong = || Error::Protocol("an answer to IDENTIFY_SYSTEM without its columns".to_owned());
+        let row = rows.into_iter().next().ok_or_else(wrong)?;
+        let mut columns = row.into_iter().map(Option::unwrap_or_default);
+        let system = columns.next().ok_or_else(wrong)?;
+        let timeline = columns.next().and_then(|text| text.parse().ok()).ok_or_else(wrong)?;
+        let position = columns.next().and_then(|text| text.parse().ok()).ok_or_else(wrong)?;
+        Ok((Identity { system, timeline }, position))
+    }
+
+    /// `wal_sender_timeout` of this session; `None` when it is switched off.
+    ///
+    /// # Errors
+    /// `Protocol` when the answer is not one.
+    pub async fn sender_timeout(&mut self) -> Result<Option<Duration>, Error> {
+        let wrong = || Error::Protocol("an answer to SHOW wal_sender_timeout that is no duration".to_owned());
+        let rows = self.connection.query("SHOW wal_sender_timeout").await?;
+        let text = rows.into_iter().flatten().flatten().next().ok_or_else(wrong)?;
+        parse_duration(&text).ok_or_else(wrong)
+    }
+
+    /// Begins to stream. The server starts at the later of `from` and the slot's own position; `from` must never lie
+    /// beyond what was settled on this very system and timeline, since the server skips up to it without a word.
+    ///
+    /// # Errors
+    /// `Server` with its SQLSTATE: 55006 in use, 42704 missing, 55000 invalidated.
+    pub async fn start(mut self, slot: &str, publication: &str, from: Lsn) -> Result<Stream, Error> {
+        let command = format!(
+            "START_REPLICATION SLOT \"{slot}\" LOGICAL {from} (\"proto_version\" '1', \"publication_names\" '{}')",
+            quoted_list(publication),
+        );
+        let mut message = Vec::from(command);
+        message.push(0);
+        self.connection.put(b'Q', &message);
+        self.connection.flush().await?;
+        loop {
+            let frame = self.connection.read().await?;
+            match frame.tag {
+                b'W' => return Ok(Stream { connection: self.connection }),
+                b'E' => return Err(Error::Server(ServerError::parse(frame.body))),
+                b'N' => notice(frame.body)?,
+                b'S' => {}
+                tag => return Err(Error::Protocol(format!("message {:?} before the stream", char::from(tag)))),
+            }
+        }
+    }
+}
+
+impl Stream {
+    /// What comes next, in the order of the stream. Cancel-safe: it waits at one place, for bytes.
+    ///
+    /// # Errors
+    /// `Closed` when the server ends the stream, `Server` with its reason, `PublicationSkipped` on PostgreSQL 18.
+    pub async fn next(&mut self) -> Result<Event, Error> {
+        loop {
+            let frame = self.connection.read().await?;
+            if let Some(event) = event(frame)? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// Writes a standby status. Not to be raced: it has its own deadline.
+    ///
+    /// # Errors
+    /// `Timeout` when the server reads nothing.
+    pub async fn tell(&mut self, status: Status) -> Result<(), Error> {
+        self.connection.put(b'd', &encode(status));
+        let deadline = Error::Timeout { during: "writing a status", after: WRITE_TIMEOUT };
+        timeout(WRITE_TIMEOUT, self.connection.flush()).await.unwrap_or(Err(deadline))
+    }
+
+    /// Tells the last status and ends the stream. The server reads in order, so its own end proves that it has read the
+    /// status.
+    ///
+    /// # Errors
+    /// `Timeout` when it does not answer.
+    pub async fn finish(mut self, status: Status) -> Result<(), Error> {
+        self.tell(status).await?;
+        self.connection.put(b'c', &[]);
+        let ended = async {
+            self.connection.flush().await?;
+            while self.connection.read().await?.tag != b'C' {}
+            Ok(())
+        };
+        let deadline = Error::Timeout { during: "ending the stream", after: FINISH_TIMEOUT };
+        timeout(FINISH_TIMEOUT, ended).await.unwrap_or(Err(deadline))
+    }
+}
+
+fn event(frame: Frame) -> Result<Option<Event>, Error> {
+    match frame.tag {
+        b'd' => copy_data(frame.body).map(Some),
+        b'N' => notice(frame.body).map(|()| None),
+        b'S' => Ok(None),
+        b'E' => Err(Error::Server(ServerError::parse(frame.body))),
+        // The server stops: CopyDone, or the command's completion.
+        b'c' | b'C' => Err(Error::Closed),
+        tag => Err(Error::Protocol(format!("message {:?} in the stream", char::from(tag)))),
+    }
+}
+
+fn copy_data(mut body: Bytes) -> Result<Event, Error> {
+    let cut = |_| Error::Protocol("a replication message that ends too early".to_owned());
+    match body.try_get_u8().map_err(cut)? {
+        b'w' => {
+            let _data_start = body.try_get_u64().map_err(cut)?;
+            let _wal_end = body.try_get_u64().map_err(cut)?;
+            let _clock = body.try_get_u64().map_err(cut)?;
+            Ok(Event::Data(body))
+        }
+        b'k' => {
+            let wal_end = Lsn::new(body.try_get_u64().map_err(cut)?);
+            let _clock = body.try_get_u64().map_err(cut)?;
+            let reply_requested = body.try_get_u8().map_err(cut)? != 0;
+            Ok(Event::Keepalive { wal_end, reply_requested })
+        }
+        kind => Err(Error::Protocol(format!("replication message {:?}", char::from(kind)))),
+    }
+}
+
+fn notice(body: Bytes) -> Result<(), Error> {
+    let notice = ServerError::parse(body);
+    if notice.code() == SKIPPED_PUBLICATION {
+        return Err(Error::PublicationSkipped(notice));
+    }
+    tracing::warn!(code = notice.code(), "Postgres says: {}", notice.message());
+    Ok(())
+}
+
+fn encode(status: Status) -> [u8; 34] {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_secs(EPOCH_SECONDS));
+    let clock = since.map_or(0, |since| u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
+    let mut bytes = [0; 34];
+    let mut rest = &mut bytes[..];
+    let mut put = |value: &[u8]| bytes::BufMut::put_slice(&mut rest, value);
+    put(b"r");
+    put(&status.received.get().to_be_bytes());
+    put(&status.settled.get().to_be_bytes());
+    // Applied is what is settled: we keep nothing else, and synchronous replication may wait for it.
+    put(&status.settled.get().to_be_bytes());
+    put(&clock.to_be_bytes());
+    put(&[u8::from(status.reply_requested)]);
+    bytes
+}
+
+/// A publication as `publication_names` wants it: an identifier, inside a literal.
+fn quoted_list(publication: &str) -> String {
+    format!("\"{}\"", publication.replace('"', "\"\"")).replace('\'', "''")
+}
+
+/// `10s`, `1min`, `500ms`: the units in which `SHOW` prints a duration. `0` is off.
+fn parse_duration(text: &str) -> Option<Option<Duration>> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let number: u64 = digits.parse().ok()?;
+    let unit = match text.get(digits.len()..)? {
+        "ms" | "" => 1,
+        "s" => 1_000,
+        "min" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    let duration = Duration::from_millis(number.checked_mul(unit)?);
+    Some(Some(duration).filter(|duration| !duration.is_zero()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn publication_names_are_quoted_twice() {
+        assert_eq!(quoted_list("we,ird'p\"ub"), "\"we,ird''p\"\"ub\"");
+    }
+
+    #[test]
+    fn durations_are_read_as_show_prints_them() {
+        assert_eq!(parse_duration("1min"), Some(Some(Duration::from_secs(60))));
+        assert_eq!(parse_duration("2500ms"), Some(Some(Duration::from_millis(2500))));
+        assert_eq!(parse_duration("0"), Some(None));
+        assert_eq!(parse_duration("soon"), None);
+    }
+
+    #[test]
+    fn a_skipped_publication_is_an_error_and_other_notices_are_not() {
+        let frame = |code: &str| Frame { tag: b'N', body: Bytes::from(format!("SWARNING\0C{code}\0Mskipped\0\0")) };
+        assert!(matches!(event(frame("55000")), Err(Error::PublicationSkipped(_))));
+        assert!(matches!(event(frame("01000")), Ok(None)));
+    }
+
+    #[test]
+    fn truncated_replication_messages_are_errors() {
+        for whole in [&[b'k'; 18][..], &[b'w'; 25][..]] {
+            for length in 0..whole.len() {
+                assert!(copy_data(Bytes::copy_from_slice(&whole[..length])).is_err(), "{length}");
+            }
+            assert!(copy_data(Bytes::copy_from_slice(whole)).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_status_tells_the_settled_position_as_flushed_and_applied() {
+        let status = Status { received: Lsn::new(7), settled: Lsn::new(5), reply_requested: true };
+        let bytes = encode(status);
+        assert_eq!(bytes[0], b'r');
+        assert_eq!(bytes[1..9], 7u64.to_be_bytes());
+        assert_eq!(bytes[9..17], 5u64.to_be_bytes());
+        assert_eq!(bytes[17..25], 5u64.to_be_bytes());
+        assert_eq!(bytes[33], 1);
+    }
+}
