@@ -2,5 +2,8 @@
 #![warn(missing_docs)]
 
 pub mod lsn;
+pub mod metrics;
+pub mod outbox;
 pub mod pg;
 pub mod retry;
+pub mod sink;

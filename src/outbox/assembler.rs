@@ -1,0 +1,313 @@
+//! The stream becomes messages and checkpoints: the only place that knows whether a transaction is open.
+//!
+//! The traps. A keepalive inside a transaction carries that transaction's own `commit_lsn`; told to Postgres plus one byte
+//! it loses the transaction, so inside a transaction it is nothing. A commit's checkpoint is its `end_lsn`, not its
+//! `commit_lsn`. Tables are told apart by OID, never by name: partitions have other names, and a table that was dropped and
+//! re-created has the same one.
+
+use std::collections::{HashMap, HashSet};
+
+use bytes::Bytes;
+
+use super::mapping::{Layout, Mapping};
+use super::{Error, Item, Position};
+use crate::lsn::Lsn;
+use crate::pg::pgoutput::{self, Insert, Message as Change, Relation};
+
+/// Which OIDs are the outbox and which are known not to be, by the catalog.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tables {
+    /// The outbox and its partitions.
+    pub outbox: HashSet<u32>,
+    /// Other tables of the publication: their rows pass by.
+    pub others: HashSet<u32>,
+    /// The outbox's schema and name.
+    pub name: (String, String),
+}
+
+/// Turns changes into items.
+#[derive(Debug)]
+pub struct Assembler {
+    mapping: Mapping,
+    tables: Tables,
+    relations: HashMap<u32, Known>,
+    open: Option<Open>,
+    /// The last position handed out as a checkpoint, or begun with: nothing at or below it may come again.
+    reached: Lsn,
+}
+
+/// What a `Relation` message said.
+#[derive(Debug)]
+struct Known {
+    relation: Relation,
+    /// Of an outbox table, made at its first row.
+    layout: Option<Layout>,
+}
+
+/// A transaction of which not all is here yet.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    commit_lsn: Lsn,
+    commit_time: i64,
+    rows: u64,
+}
+
+impl Assembler {
+    /// Begins at a transaction boundary, where every stream begins.
+    pub fn new(mapping: Mapping, tables: Tables) -> Self {
+        Self { mapping, tables, relations: HashMap::new(), open: None, reached: Lsn::ZERO }
+    }
+
+    /// Whether a transaction has begun and not ended.
+    pub fn in_transaction(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// The catalog was asked again.
+    pub fn set_tables(&mut self, tables: Tables) {
+        self.tables = tables;
+    }
+
+    /// Takes one pgoutput message. After `UnknownTable` the same bytes may be given again, with better tables.
+    ///
+    /// # Errors
+    /// Any; none of them leaves a row behind.
+    pub fn change(&mut self, bytes: Bytes) -> Result<Option<Item>, Error> {
+        match pgoutput::decode(bytes)? {
+            Change::Begin(begin) => {
+                self.closed("BEGIN")?;
+                if begin.final_lsn < self.reached {
+                    return Err(Error::Order(format!(
+                        "a transaction at {} after position {}",
+                        begin.final_lsn, self.reached
+                    )));
+                }
+                self.open = Some(Open { commit_lsn: begin.final_lsn, commit_time: begin.commit_time, rows: 0 });
+                Ok(None)
+            }
+            Change::Commit(commit) => {
+                let open = self.opened("COMMIT")?;
+                if commit.commit_lsn != open.commit_lsn || commit.end_lsn <= commit.commit_lsn {
+                    return Err(Error::Order(format!(
+                        "COMMIT at {} to {} of the transaction at {}",
+                        commit.commit_lsn, commit.end_lsn, open.commit_lsn
+                    )));
+                }
+                self.open = None;
+                self.reached = commit.end_lsn;
+                Ok(Some(Item::Checkpoint(commit.end_lsn)))
+            }
+            Change::Relation(relation) => self.relation(relation).map(|()| None),
+            Change::Insert(insert) => self.insert(&insert),
+            // Updates, deletes and truncates are not events: rows may be deleted at any time.
+            Change::Update | Change::Delete | Change::Truncate => Ok(None),
+            Change::Origin | Change::Type | Change::Logical => Ok(None),
+        }
+    }
+
+    /// Takes a keepalive. Outside a transaction everything up to its `wal_end` is in the stream before it.
+    pub fn keepalive(&mut self, wal_end: Lsn) -> Option<Item> {
+        if self.in_transaction() || wal_end <= self.reached {
+            return None;
+        }
+        self.reached = wal_end;
+        Some(Item::Checkpoint(wal_end))
+    }
+
+    fn relation(&mut self, relation: Relation) -> Result<(), Error> {
+        let name = (&relation.namespace, &relation.name);
+        let is_ours = self.tables.outbox.contains(&relation.id);
+        if !is_ours && name == (&self.tables.name.0, &self.tables.name.1) {
+            return Err(Error::Recreated { oid: relation.id, name: format!("{}.{}", name.0, name.1) });
+        }
+        self.relations.insert(relation.id, Known { relation, layout: None });
+        Ok(())
+    }
+
+    fn insert(&mut self, insert: &Insert) -> Result<Option<Item>, Error> {
+        let open = self.opened("INSERT")?;
+        let oid = insert.relation_id;
+        let Some(known) = self.relations.get_mut(&oid) else {
+            return Err(Error::Order(format!("a row of table {oid} before its description")));
+        };
+        if self.tables.others.contains(&oid) {
+            return Ok(None);
+        }
+        if !self.tables.outbox.contains(&oid) {
+            let name = format!("{}.{}", known.relation.namespace, known.relation.name);
+            return Err(Error::UnknownTable { oid, name });
+        }
+        let columns = known.relation.columns.len();
+        if insert.tuple.len() != columns {
+            return Err(Error::Order(format!("a row of {} values for {columns} columns", insert.tuple.len())));
+        }
+        let layout = match &mut known.layout {
+            Some(layout) => layout,
+            none => none.insert(self.mapping.layout(&known.relation.columns)?),
+        };
+        let position = Position { commit_lsn: open.commit_lsn, seq: open.rows };
+        let message = layout.message(&insert.tuple, position, open.commit_time)?;
+        self.open = Some(Open { rows: open.rows + 1, ..open });
+        Ok(Some(Item::Message(position, message)))
+    }
+
+    fn opened(&self, what: &str) -> Result<Open, Error> {
+        self.open.ok_or_else(|| Error::Order(format!("{what} outside a transaction")))
+    }
+
+    fn closed(&self, what: &str) -> Result<(), Error> {
+        match self.open {
+            None => Ok(()),
+            Some(open) => Err(Error::Order(format!("{what} inside the transaction at {}", open.commit_lsn))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mapping::ColumnNames;
+    use super::*;
+
+    const OUTBOX: u32 = 7;
+    const OTHER: u32 = 8;
+
+    fn assembler() -> Assembler {
+        let mapping = Mapping {
+            table: "public.outbox".to_owned(),
+            columns: ColumnNames::default(),
+            destination: "{aggregatetype}".parse().unwrap(),
+        };
+        let name = ("public".to_owned(), "outbox".to_owned());
+        Assembler::new(mapping, Tables { outbox: [OUTBOX].into(), others: [OTHER].into(), name })
+    }
+
+    fn begin(commit_lsn: u64) -> Bytes {
+        let mut bytes = vec![b'B'];
+        bytes.extend(commit_lsn.to_be_bytes());
+        bytes.extend([0; 12]);
+        bytes.into()
+    }
+
+    fn commit(commit_lsn: u64, end_lsn: u64) -> Bytes {
+        let mut bytes = vec![b'C', 0];
+        bytes.extend(commit_lsn.to_be_bytes());
+        bytes.extend(end_lsn.to_be_bytes());
+        bytes.extend([0; 8]);
+        bytes.into()
+    }
+
+    fn relation(oid: u32, name: &str, columns: &[&str]) -> Bytes {
+        let mut bytes = vec![b'R'];
+        bytes.extend(oid.to_be_bytes());
+        bytes.extend(b"public\0");
+        bytes.extend(name.as_bytes());
+        bytes.extend([0, b'd']);
+        bytes.extend((columns.len() as u16).to_be_bytes());
+        for column in columns {
+            bytes.push(0);
+            bytes.extend(column.as_bytes());
+            bytes.push(0);
+            bytes.extend(25u32.to_be_bytes());
+            bytes.extend([0xff; 4]);
+        }
+        bytes.into()
+    }
+
+    fn insert(oid: u32, values: &[&str]) -> Bytes {
+        let mut bytes = vec![b'I'];
+        bytes.extend(oid.to_be_bytes());
+        bytes.push(b'N');
+        bytes.extend((values.len() as u16).to_be_bytes());
+        for value in values {
+            bytes.push(b't');
+            bytes.extend((value.len() as u32).to_be_bytes());
+            bytes.extend(value.as_bytes());
+        }
+        bytes.into()
+    }
+
+    const COLUMNS: [&str; 5] = ["id", "aggregatetype", "aggregateid", "type", "payload"];
+    const ROW: [&str; 5] = ["1", "order", "42", "placed", "{}"];
+
+    #[test]
+    fn rows_go_forward_as_they_arrive_and_the_commit_is_the_checkpoint() {
+        let mut assembler = assembler();
+        assert_eq!(assembler.change(begin(100)).unwrap(), None);
+        assembler.change(relation(OUTBOX, "outbox", &COLUMNS)).unwrap();
+        for seq in 0..2 {
+            let Some(Item::Message(position, _)) = assembler.change(insert(OUTBOX, &ROW)).unwrap() else {
+                panic!("not a message")
+            };
+            assert_eq!(position, Position { commit_lsn: Lsn::new(100), seq });
+        }
+        assert_eq!(assembler.change(commit(100, 148)).unwrap(), Some(Item::Checkpoint(Lsn::new(148))));
+        assert!(!assembler.in_transaction());
+    }
+
+    #[test]
+    fn a_keepalive_inside_a_transaction_is_nothing() {
+        let mut assembler = assembler();
+        assert_eq!(assembler.keepalive(Lsn::new(90)), Some(Item::Checkpoint(Lsn::new(90))));
+        assembler.change(begin(100)).unwrap();
+        assert_eq!(assembler.keepalive(Lsn::new(100)), None);
+        assembler.change(commit(100, 148)).unwrap();
+        assert_eq!(assembler.keepalive(Lsn::new(148)), None, "nothing new");
+        assert_eq!(assembler.keepalive(Lsn::new(120)), None, "never back");
+        assert_eq!(assembler.keepalive(Lsn::new(200)), Some(Item::Checkpoint(Lsn::new(200))));
+    }
+
+    #[test]
+    fn columns_follow_the_relation_in_force() {
+        let mut assembler = assembler();
+        assembler.change(begin(100)).unwrap();
+        assembler.change(relation(OUTBOX, "outbox", &COLUMNS)).unwrap();
+        assembler.change(insert(OUTBOX, &ROW)).unwrap();
+        assembler
+            .change(relation(OUTBOX, "outbox", &["payload", "note", "id", "aggregatetype", "aggregateid", "type"]))
+            .unwrap();
+        let row = ["{}", "n", "2", "user", "9", "left"];
+        let Some(Item::Message(_, message)) = assembler.change(insert(OUTBOX, &row)).unwrap() else { panic!() };
+        assert_eq!((message.id.as_str(), message.destination.as_str()), ("2", "user"));
+        assembler.change(relation(OUTBOX, "outbox", &["id"])).unwrap();
+        assert!(matches!(assembler.change(insert(OUTBOX, &["3"])), Err(Error::Columns { .. })));
+    }
+
+    #[test]
+    fn rows_of_other_tables_pass_by_and_rows_of_unknown_tables_do_not() {
+        let mut assembler = assembler();
+        assembler.change(begin(100)).unwrap();
+        assembler.change(relation(OTHER, "orders", &["id"])).unwrap();
+        assert_eq!(assembler.change(insert(OTHER, &["1"])).unwrap(), None);
+        assembler.change(relation(9, "outbox_2024", &COLUMNS)).unwrap();
+        assert!(matches!(assembler.change(insert(9, &ROW)), Err(Error::UnknownTable { oid: 9, .. })));
+        let mut better = assembler.tables.clone();
+        better.outbox.insert(9);
+        assembler.set_tables(better);
+        let Some(Item::Message(position, _)) = assembler.change(insert(9, &ROW)).unwrap() else { panic!() };
+        assert_eq!(position.seq, 0);
+    }
+
+    #[test]
+    fn the_outbox_name_under_another_oid_is_an_error() {
+        let mut assembler = assembler();
+        assembler.change(begin(100)).unwrap();
+        let error = assembler.change(relation(99, "outbox", &COLUMNS)).unwrap_err();
+        assert!(matches!(error, Error::Recreated { oid: 99, .. }));
+    }
+
+    #[test]
+    fn messages_out_of_order_are_errors() {
+        let mut first = assembler();
+        assert!(first.change(commit(100, 148)).is_err(), "COMMIT without BEGIN");
+        assert!(first.change(insert(OUTBOX, &ROW)).is_err(), "INSERT without BEGIN");
+        first.change(begin(100)).unwrap();
+        assert!(first.change(begin(200)).is_err(), "BEGIN inside");
+        assert!(first.change(insert(OUTBOX, &ROW)).is_err(), "INSERT before RELATION");
+        assert!(first.change(commit(101, 148)).is_err(), "COMMIT of another");
+        let mut second = assembler();
+        second.change(begin(100)).unwrap();
+        second.change(commit(100, 148)).unwrap();
+        assert!(second.change(begin(120)).is_err(), "going back");
+        assert!(second.change(begin(148)).is_ok(), "the next record starts where this one ended");
+    }
+}

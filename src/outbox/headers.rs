@@ -1,0 +1,141 @@
+//! The `headers` column: a JSON object whose fields become typed message headers.
+//!
+//! The trap: some names make the broker do things. `CC` and `BCC` route copies to other queues, and satisfy `mandatory`
+//! although the routing key leads nowhere; a row must not be able to say that.
+
+use serde_json::Value as Json;
+
+use super::message::HeaderValue;
+
+/// AMQP's limit for a header's name, in bytes.
+pub const NAME_BYTES_MAX: usize = 255;
+
+/// Deeper nesting is a mistake, and a stack to be kept small.
+const DEPTH_MAX: usize = 16;
+
+/// Names that mean something to the broker or to this relay. Compared without regard to case.
+const RESERVED: [&str; 10] = [
+    "cc",
+    "bcc",
+    "aggregatetype",
+    "aggregateid",
+    "x-death",
+    "x-delay",
+    "x-deduplication-header",
+    "x-stream-filter-value",
+    "x-stream-offset",
+    "x-message-ttl",
+];
+
+/// Beginnings of such names.
+const RESERVED_PREFIXES: [&str; 3] = ["x-outbox-", "x-first-death-", "x-last-death-"];
+
+/// Reads the column's text into `headers`.
+///
+/// # Errors
+/// What is wrong, naming the field and never its value.
+pub fn read(text: &[u8], headers: &mut Vec<(String, HeaderValue)>) -> Result<(), String> {
+    let json: Json = serde_json::from_slice(text).map_err(|_| "column headers is not valid JSON".to_owned())?;
+    let fields = match json {
+        Json::Null => return Ok(()),
+        Json::Object(fields) => fields,
+        _ => return Err("column headers is not a JSON object".to_owned()),
+    };
+    for (name, value) in fields {
+        refuse_name(&name)?;
+        if headers.iter().any(|(present, _)| *present == name) {
+            return Err(format!("header {name:?} is set by a column of its own already"));
+        }
+        let value = value_of(value, 0).map_err(|problem| format!("header {name:?}: {problem}"))?;
+        headers.push((name, value));
+    }
+    Ok(())
+}
+
+fn refuse_name(name: &str) -> Result<(), String> {
+    let lower = name.to_ascii_lowercase();
+    if name.is_empty() || name.len() > NAME_BYTES_MAX {
+        return Err(format!("a header's name has {} bytes; 1 to {NAME_BYTES_MAX} are possible", name.len()));
+    }
+    if RESERVED.contains(&lower.as_str()) || RESERVED_PREFIXES.iter().any(|prefix| lower.starts_with(prefix)) {
+        return Err(format!("header {name:?} is reserved: it means something to the broker or to pgoutbox"));
+    }
+    Ok(())
+}
+
+fn value_of(json: Json, depth: usize) -> Result<HeaderValue, String> {
+    if depth > DEPTH_MAX {
+        return Err(format!("nested deeper than {DEPTH_MAX} levels"));
+    }
+    Ok(match json {
+        Json::Null => HeaderValue::Null,
+        Json::Bool(value) => HeaderValue::Bool(value),
+        Json::String(text) => HeaderValue::Text(text),
+        Json::Number(number) => match (number.as_i64(), number.is_u64(), number.as_f64()) {
+            (Some(whole), ..) => HeaderValue::Int(whole),
+            // A float would not be the same number.
+            (None, true, _) => return Err("a whole number beyond 64 bits with sign".to_owned()),
+            (None, false, Some(float)) => HeaderValue::Float(float),
+            (None, false, None) => return Err("a number out of range".to_owned()),
+        },
+        Json::Array(values) => {
+            HeaderValue::List(values.into_iter().map(|value| value_of(value, depth + 1)).collect::<Result<_, _>>()?)
+        }
+        Json::Object(fields) => {
+            let field = |(name, value): (String, Json)| {
+                if name.len() > NAME_BYTES_MAX {
+                    return Err(format!("a nested name has {} bytes; {NAME_BYTES_MAX} are possible", name.len()));
+                }
+                Ok((name, value_of(value, depth + 1)?))
+            };
+            HeaderValue::Map(fields.into_iter().map(field).collect::<Result<_, _>>()?)
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_all(text: &str) -> Result<Vec<(String, HeaderValue)>, String> {
+        let mut headers = vec![("traceparent".to_owned(), HeaderValue::from("00-1"))];
+        read(text.as_bytes(), &mut headers)?;
+        Ok(headers.split_off(1))
+    }
+
+    #[test]
+    fn fields_keep_their_types() {
+        let headers = read_all(r#"{"a":"x","b":7,"c":1.5,"d":true,"e":null,"f":[1,{"g":"h"}]}"#).unwrap();
+        let nested = HeaderValue::Map(vec![("g".to_owned(), HeaderValue::from("h"))]);
+        let expected = [
+            ("a", HeaderValue::from("x")),
+            ("b", HeaderValue::Int(7)),
+            ("c", HeaderValue::Float(1.5)),
+            ("d", HeaderValue::Bool(true)),
+            ("e", HeaderValue::Null),
+            ("f", HeaderValue::List(vec![HeaderValue::Int(1), nested])),
+        ];
+        assert_eq!(headers, expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(read_all("null").unwrap(), []);
+    }
+
+    #[test]
+    fn names_that_steer_the_broker_are_refused() {
+        for name in ["CC", "BCC", "cc", "x-death", "x-delay", "x-first-death-queue", "x-outbox-lsn", "X-Outbox-Seq", ""]
+        {
+            assert!(read_all(&format!("{{\"{name}\":[\"secret\"]}}")).is_err(), "{name}");
+        }
+        assert!(read_all(&format!("{{\"{}\":1}}", "n".repeat(256))).is_err());
+        assert!(read_all(r#"{"traceparent":"00-2"}"#).is_err(), "a name twice");
+    }
+
+    #[test]
+    fn what_cannot_be_carried_is_refused_without_telling_the_value() {
+        for text in ["[1]", "7", "{", "{\"a\":18446744073709551615}", "\"s3cret\""] {
+            let error = read_all(text).unwrap_err();
+            assert!(!error.contains("s3cret") && !error.contains("1844"), "{error}");
+        }
+        let deep = format!("{{\"a\":{}1{}}}", "[".repeat(40), "]".repeat(40));
+        assert!(read_all(&deep).is_err());
+    }
+}

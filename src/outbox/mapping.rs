@@ -1,0 +1,447 @@
+//! A row becomes a message, by the names of its columns.
+//!
+//! The traps: columns move when a table is altered, so indices live only as long as the `Relation` message they came from;
+//! NULL is not empty; a text may not be UTF-8 in a SQL_ASCII database; and an AMQP short string ends at 255 *bytes*.
+
+use bytes::Bytes;
+
+use super::message::{HeaderValue, Message};
+use super::template::{Piece, Template};
+use super::{Error, Position, headers};
+use crate::pg::pgoutput::{Column, Value};
+
+/// AMQP's limit for routing key, message id and type, in bytes.
+const SHORT_BYTES_MAX: usize = 255;
+
+/// Microseconds from 1970 to 2000, Postgres' epoch.
+const EPOCH_MICROSECONDS: i64 = 946_684_800_000_000;
+
+/// OIDs of the built-in types that matter here (`pg_type.dat`).
+mod oid {
+    pub(super) const BYTEA: u32 = 17;
+    pub(super) const TEXT: u32 = 25;
+    pub(super) const JSON: u32 = 114;
+    pub(super) const BPCHAR: u32 = 1042;
+    pub(super) const VARCHAR: u32 = 1043;
+    pub(super) const JSONB: u32 = 3802;
+}
+
+/// What the columns are called, where they are not called as usual.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ColumnNames {
+    /// Default `id`.
+    pub id: Option<String>,
+    /// Default `aggregatetype` or `aggregate_type`.
+    pub aggregatetype: Option<String>,
+    /// Default `aggregateid` or `aggregate_id`.
+    pub aggregateid: Option<String>,
+    /// Default `type` or `event_type`.
+    pub kind: Option<String>,
+    /// Default `payload`.
+    pub payload: Option<String>,
+    /// Default `headers`; may be missing.
+    pub headers: Option<String>,
+    /// Default `traceparent`; may be missing.
+    pub traceparent: Option<String>,
+    /// Default `tracestate`; may be missing.
+    pub tracestate: Option<String>,
+}
+
+/// How rows become messages.
+#[derive(Clone, Debug)]
+pub struct Mapping {
+    /// The table's name, for messages to people.
+    pub table: String,
+    /// What its columns are called.
+    pub columns: ColumnNames,
+    /// What the routing key is made of.
+    pub destination: Template,
+}
+
+/// Where the columns stand in the tuples of one `Relation` message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    id: usize,
+    aggregatetype: usize,
+    aggregateid: usize,
+    kind: usize,
+    payload: usize,
+    payload_type: Payload,
+    headers: Option<usize>,
+    traceparent: Option<usize>,
+    tracestate: Option<usize>,
+    destination: Vec<Part>,
+}
+
+/// A part of the routing key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    Text(String),
+    Column(usize, String),
+}
+
+/// What kind of bytes a payload is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Payload {
+    Json,
+    Text,
+    Bytes,
+}
+
+impl Mapping {
+    /// Finds the columns by name.
+    ///
+    /// # Errors
+    /// `Columns`, naming all that is wrong at once.
+    pub fn layout(&self, columns: &[Column]) -> Result<Layout, Error> {
+        let find = |name: &str| columns.iter().position(|column| column.name == name);
+        let mut problems = Vec::new();
+        let mut required = |chosen: &Option<String>, usual: &[&str]| {
+            let names: Vec<&str> = chosen.as_deref().map_or_else(|| usual.to_vec(), |name| vec![name]);
+            names.iter().find_map(|name| find(name)).unwrap_or_else(|| {
+                problems.push(format!("column {} is missing", names.join(" or ")));
+                0
+            })
+        };
+        let id = required(&self.columns.id, &["id"]);
+        let aggregatetype = required(&self.columns.aggregatetype, &["aggregatetype", "aggregate_type"]);
+        let aggregateid = required(&self.columns.aggregateid, &["aggregateid", "aggregate_id"]);
+        let kind = required(&self.columns.kind, &["type", "event_type"]);
+        let payload = required(&self.columns.payload, &["payload"]);
+        let mut optional = |chosen: &Option<String>, usual: &str| match chosen {
+            // A name that the operator chose must be there; a usual one may be.
+            Some(_) => Some(required(chosen, &[])),
+            None => find(usual),
+        };
+        let headers = optional(&self.columns.headers, "headers");
+        let traceparent = optional(&self.columns.traceparent, "traceparent");
+        let tracestate = optional(&self.columns.tracestate, "tracestate");
+        let role = |name: &str| match name {
+            "id" => Some(id),
+            "aggregatetype" => Some(aggregatetype),
+            "aggregateid" => Some(aggregateid),
+            "type" => Some(kind),
+            _ => None,
+        };
+        let mut destination = Vec::new();
+        for piece in self.destination.pieces() {
+            match piece {
+                Piece::Text(text) => destination.push(Part::Text(text.clone())),
+                Piece::Column(name) => match find(name).or_else(|| role(name)) {
+                    Some(index) => destination.push(Part::Column(index, name.clone())),
+                    None => problems.push(format!("column {name} of rabbitmq.routing_key is missing")),
+                },
+            }
+        }
+        let payload_type = self.payload_type(columns.get(payload), &mut problems);
+        if problems.is_empty() {
+            let layout = Layout {
+                id,
+                aggregatetype,
+                aggregateid,
+                kind,
+                payload,
+                payload_type,
+                headers,
+                traceparent,
+                tracestate,
+                destination,
+            };
+            return Ok(layout);
+        }
+        Err(Error::Columns {
+            table: self.table.clone(),
+            problem: problems.join(", "),
+            remedy: "name the columns in outbox.columns.*, or add what is missing with ALTER TABLE".to_owned(),
+        })
+    }
+
+    fn payload_type(&self, column: Option<&Column>, problems: &mut Vec<String>) -> Payload {
+        match column.map(|column| column.type_id) {
+            Some(oid::JSON | oid::JSONB) => Payload::Json,
+            Some(oid::BYTEA) => Payload::Bytes,
+            Some(oid::TEXT | oid::VARCHAR | oid::BPCHAR) => Payload::Text,
+            _ => {
+                // A column that is missing was said already; this one is there and of a type we cannot promise bytes for.
+                if let Some(column) = column.filter(|column| column.name != "id") {
+                    problems.push(format!(
+                        "column {} must be json, jsonb, text or bytea (its type's OID is {})",
+                        column.name, column.type_id
+                    ));
+                }
+                Payload::Text
+            }
+        }
+    }
+}
+
+impl Layout {
+    /// Makes the message of one row.
+    ///
+    /// # Errors
+    /// `Row` when no broker could take it, naming the row, the column and never a value but the id.
+    pub fn message(&self, tuple: &[Value], position: Position, commit_time: i64) -> Result<Message, Error> {
+        let id = text(tuple, self.id, "id").and_then(|id| short(id, "id"));
+        let row = Row { tuple, position };
+        let named = |problem: String| Error::Row {
+            position,
+            id: id.as_ref().map_or_else(|_| "unknown".to_owned(), |id| id.escape_debug().to_string()),
+            problem,
+        };
+        let mut message = row.message(self, commit_time).map_err(named)?;
+        message.id = id.clone().map_err(named)?.to_owned();
+        Ok(message)
+    }
+}
+
+/// One row on its way to be a message.
+struct Row<'a> {
+    tuple: &'a [Value],
+    position: Position,
+}
+
+impl Row<'_> {
+    fn message(&self, layout: &Layout, commit_time: i64) -> Result<Message, String> {
+        let mut headers = Vec::with_capacity(8);
+        let (body, is_null) = match self.tuple.get(layout.payload) {
+            Some(Value::Text(text)) => (body(text, layout.payload_type)?, false),
+            _ => (Bytes::new(), true),
+        };
+        let mut own = |name: &str, value: HeaderValue| headers.push((name.to_owned(), value));
+        own("aggregatetype", text(self.tuple, layout.aggregatetype, "aggregatetype")?.into());
+        own("aggregateid", text(self.tuple, layout.aggregateid, "aggregateid")?.into());
+        own("x-outbox-lsn", HeaderValue::Text(self.position.commit_lsn.to_string()));
+        own("x-outbox-seq", HeaderValue::Int(i64::try_from(self.position.seq).unwrap_or(i64::MAX)));
+        if is_null {
+            own("x-outbox-null", HeaderValue::Bool(true));
+        }
+        for (name, index) in [("traceparent", layout.traceparent), ("tracestate", layout.tracestate)] {
+            if let Some(Value::Text(_)) = index.and_then(|index| self.tuple.get(index)) {
+                own(name, text(self.tuple, index.unwrap_or_default(), name)?.into());
+            }
+        }
+        if let Some(Value::Text(json)) = layout.headers.and_then(|index| self.tuple.get(index)) {
+            headers::read(json, &mut headers)?;
+        }
+        Ok(Message {
+            id: String::new(),
+            destination: self.destination(layout)?,
+            kind: short(text(self.tuple, layout.kind, "type")?, "type")?.to_owned(),
+            content_type: match layout.payload_type {
+                Payload::Json => "application/json",
+                Payload::Text => "text/plain",
+                Payload::Bytes => "application/octet-stream",
+            },
+            committed_at: u64::try_from(commit_time.saturating_add(EPOCH_MICROSECONDS)).unwrap_or(0),
+            headers,
+            body,
+        })
+    }
+
+    fn destination(&self, layout: &Layout) -> Result<String, String> {
+        let mut key = String::new();
+        for part in &layout.destination {
+            match part {
+                Part::Text(text) => key.push_str(text),
+                Part::Column(index, name) => key.push_str(text(self.tuple, *index, name)?),
+            }
+        }
+        // The broker takes them, but people's tools and logs do not.
+        if key.chars().any(char::is_control) {
+            return Err("the routing key holds a control character".to_owned());
+        }
+        short(&key, "the routing key")?;
+        Ok(key)
+    }
+}
+
+fn text<'a>(tuple: &'a [Value], index: usize, name: &str) -> Result<&'a str, String> {
+    match tuple.get(index) {
+        Some(Value::Text(bytes)) => std::str::from_utf8(bytes).map_err(|_| format!("column {name} is not valid UTF-8")),
+        _ => Err(format!("column {name} is NULL")),
+    }
+}
+
+fn short<'a>(text: &'a str, name: &str) -> Result<&'a str, String> {
+    match text.len() {
+        0..=SHORT_BYTES_MAX => Ok(text),
+        bytes => Err(format!("{name} has {bytes} bytes; {SHORT_BYTES_MAX} are possible")),
+    }
+}
+
+fn body(text: &Bytes, payload: Payload) -> Result<Bytes, String> {
+    match payload {
+        Payload::Json | Payload::Text => Ok(text.clone()),
+        Payload::Bytes => unhex(text).ok_or_else(|| "column payload is not bytea in hex form".to_owned()),
+    }
+}
+
+/// `\x0aff`, as `bytea_output = hex` prints it, which the session pins.
+fn unhex(text: &[u8]) -> Option<Bytes> {
+    let digits = text.strip_prefix(b"\\x")?;
+    if digits.len() % 2 != 0 {
+        return None;
+    }
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let pair = |pair: &[u8]| match pair {
+        [high, low] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    };
+    digits.chunks_exact(2).map(pair).collect::<Option<Vec<u8>>>().map(Bytes::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping() -> Mapping {
+        Mapping {
+            table: "public.outbox".to_owned(),
+            columns: ColumnNames::default(),
+            destination: "{aggregatetype}.{type}".parse().unwrap(),
+        }
+    }
+
+    fn columns(names: &[(&str, u32)]) -> Vec<Column> {
+        names.iter().map(|(name, type_id)| Column { name: (*name).to_owned(), type_id: *type_id }).collect()
+    }
+
+    const USUAL: [(&str, u32); 7] = [
+        ("id", 2950),
+        ("aggregatetype", 25),
+        ("aggregateid", 25),
+        ("type", 25),
+        ("payload", 3802),
+        ("headers", 3802),
+        ("traceparent", 25),
+    ];
+
+    fn value(text: &str) -> Value {
+        Value::Text(Bytes::copy_from_slice(text.as_bytes()))
+    }
+
+    fn row() -> Vec<Value> {
+        let mut row: Vec<Value> = ["7f", "order", "42", "placed", "{\"a\": 1}"].map(value).to_vec();
+        row.extend([Value::Null, Value::Null]);
+        row
+    }
+
+    fn map(columns: &[(&str, u32)], row: &[Value]) -> Result<Message, Error> {
+        let position = Position { commit_lsn: Lsn::new(0x16_B374_D848), seq: 3 };
+        mapping().layout(&self::columns(columns))?.message(row, position, 1_000_000)
+    }
+
+    use crate::lsn::Lsn;
+
+    #[test]
+    fn a_row_becomes_the_message_of_the_contract() {
+        let message = map(&USUAL, &row()).unwrap();
+        assert_eq!(
+            (message.id.as_str(), message.destination.as_str(), message.kind.as_str()),
+            ("7f", "order.placed", "placed")
+        );
+        assert_eq!(&message.body[..], b"{\"a\": 1}");
+        assert_eq!(message.content_type, "application/json");
+        assert_eq!(message.committed_at, 946_684_801_000_000);
+        let expected = [
+            ("aggregatetype", HeaderValue::from("order")),
+            ("aggregateid", HeaderValue::from("42")),
+            ("x-outbox-lsn", HeaderValue::from("16/B374D848")),
+            ("x-outbox-seq", HeaderValue::Int(3)),
+        ];
+        assert_eq!(message.headers, expected.map(|(name, value)| (name.to_owned(), value)));
+    }
+
+    #[test]
+    fn columns_are_found_by_name_in_any_order_and_under_other_names() {
+        let moved = [
+            ("note", 25),
+            ("payload", 25),
+            ("event_type", 25),
+            ("aggregate_id", 25),
+            ("aggregate_type", 25),
+            ("id", 20),
+        ];
+        let row: Vec<Value> = ["-", "hello", "placed", "42", "order", "9"].map(value).to_vec();
+        let message = map(&moved, &row).unwrap();
+        assert_eq!((message.id.as_str(), message.destination.as_str()), ("9", "order.placed"));
+        assert_eq!((message.content_type, &message.body[..]), ("text/plain", &b"hello"[..]));
+    }
+
+    #[test]
+    fn all_missing_columns_are_named_at_once() {
+        let error = map(&[("id", 2950), ("payload", 23)], &[]).unwrap_err().to_string();
+        for part in
+            ["aggregatetype or aggregate_type", "aggregateid", "type or event_type", "json, jsonb, text or bytea"]
+        {
+            assert!(error.contains(part), "{error}");
+        }
+        let mut chosen = mapping();
+        chosen.columns.headers = Some("meta".to_owned());
+        let error = chosen.layout(&columns(&USUAL)).unwrap_err().to_string();
+        assert!(error.contains("column meta is missing"), "{error}");
+    }
+
+    #[test]
+    fn null_payload_is_an_empty_body_with_a_header_and_an_empty_one_is_not() {
+        let mut empty = row();
+        let text_payload: Vec<(&str, u32)> =
+            USUAL.iter().map(|(name, oid)| if *name == "payload" { (*name, 25) } else { (*name, *oid) }).collect();
+        empty[4] = value("");
+        let null_header = ("x-outbox-null".to_owned(), HeaderValue::Bool(true));
+        assert!(!map(&text_payload, &empty).unwrap().headers.contains(&null_header));
+        empty[4] = Value::Null;
+        let message = map(&text_payload, &empty).unwrap();
+        assert!(message.body.is_empty() && message.headers.contains(&null_header));
+    }
+
+    #[test]
+    fn bytea_becomes_its_raw_bytes() {
+        let columns: Vec<(&str, u32)> =
+            USUAL.iter().map(|(name, oid)| if *name == "payload" { (*name, 17) } else { (*name, *oid) }).collect();
+        let mut binary = row();
+        binary[4] = value("\\x00ff0A");
+        let message = map(&columns, &binary).unwrap();
+        assert_eq!((&message.body[..], message.content_type), (&[0u8, 255, 10][..], "application/octet-stream"));
+        for broken in ["00", "\\x0", "\\xzz", "\\000"] {
+            binary[4] = value(broken);
+            assert!(map(&columns, &binary).is_err(), "{broken}");
+        }
+    }
+
+    #[test]
+    fn a_row_that_no_broker_could_take_is_named_and_its_values_are_not() {
+        let cases: [(usize, Value, &str); 7] = [
+            (1, Value::Null, "aggregatetype is NULL"),
+            (2, Value::Null, "aggregateid is NULL"),
+            (3, value(&"s3cret".repeat(50)), "routing key has"),
+            (1, value("s3cret\r\n"), "control character"),
+            (1, Value::Text(Bytes::from_static(b"s3cret\xff")), "not valid UTF-8"),
+            (5, value("{\"CC\":[\"s3cret\"]}"), "reserved"),
+            (0, Value::Null, "id is NULL"),
+        ];
+        for (column, bad, problem) in cases {
+            let mut row = row();
+            row[column] = bad;
+            let error = map(&USUAL, &row).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(problem), "{text}");
+            assert!(text.contains("16/B374D848") && !text.contains("s3cret"), "{text}");
+            assert!(column == 0 || text.contains("id 7f"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_key_of_255_bytes_passes_and_one_of_256_does_not() {
+        for (bytes, passes) in [(255, true), (256, false)] {
+            let mut row = row();
+            row[3] = value("p");
+            row[1] = value(&"é".repeat((bytes - 2) / 2));
+            if bytes % 2 == 1 {
+                row[3] = value("pp");
+                row[1] = value(&"é".repeat((bytes - 3) / 2));
+            }
+            assert_eq!(map(&USUAL, &row).is_ok(), passes, "{bytes}");
+        }
+    }
+}

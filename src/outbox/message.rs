@@ -1,0 +1,73 @@
+//! One outbox row as a message: what every sink gets and every consumer sees.
+//!
+//! The trap: a payload that is parsed and written again is another payload. The body is the row's bytes, untouched.
+
+use bytes::Bytes;
+
+/// One outbox row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message {
+    /// The row's id: the same on every redelivery.
+    pub id: String,
+    /// Where it goes: the routing key.
+    pub destination: String,
+    /// The row's type.
+    pub kind: String,
+    /// Of the body.
+    pub content_type: &'static str,
+    /// The transaction's commit, microseconds since 1970-01-01 UTC.
+    pub committed_at: u64,
+    /// In the order in which they are written; no name twice.
+    pub headers: Vec<(String, HeaderValue)>,
+    /// The payload's bytes.
+    pub body: Bytes,
+}
+
+/// A typed header value.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HeaderValue {
+    /// JSON null.
+    Null,
+    /// JSON true or false.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// Any other number.
+    Float(f64),
+    /// A text.
+    Text(String),
+    /// A JSON array.
+    List(Vec<HeaderValue>),
+    /// A JSON object.
+    Map(Vec<(String, HeaderValue)>),
+}
+
+impl Message {
+    /// Roughly what it occupies in memory and on the wire, for limits in bytes: never less than its body.
+    pub fn bytes(&self) -> usize {
+        let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.bytes()).sum();
+        self.id.len() + self.destination.len() + self.kind.len() + headers + self.body.len() + OVERHEAD_BYTES
+    }
+}
+
+/// Fixed cost of a message beside its texts: the structs that hold it and the frames around it.
+const OVERHEAD_BYTES: usize = 256;
+
+impl HeaderValue {
+    fn bytes(&self) -> usize {
+        match self {
+            HeaderValue::Null | HeaderValue::Bool(_) | HeaderValue::Int(_) | HeaderValue::Float(_) => 9,
+            HeaderValue::Text(text) => 5 + text.len(),
+            HeaderValue::List(values) => 5 + values.iter().map(HeaderValue::bytes).sum::<usize>(),
+            HeaderValue::Map(fields) => {
+                5 + fields.iter().map(|(name, value)| 1 + name.len() + value.bytes()).sum::<usize>()
+            }
+        }
+    }
+}
+
+impl From<&str> for HeaderValue {
+    fn from(text: &str) -> Self {
+        HeaderValue::Text(text.to_owned())
+    }
+}

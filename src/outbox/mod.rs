@@ -1,0 +1,112 @@
+//! What the bytes mean: pgoutput messages become outbox messages and checkpoints. Pure: no socket, no clock.
+//!
+//! Reading order: `message`, `mapping` with `template` and `headers`, `assembler`.
+
+pub mod assembler;
+pub mod headers;
+pub mod mapping;
+pub mod message;
+pub mod template;
+
+use std::fmt;
+
+pub use assembler::{Assembler, Tables};
+pub use mapping::{ColumnNames, Mapping};
+pub use message::{HeaderValue, Message};
+pub use template::Template;
+
+use crate::lsn::Lsn;
+use crate::pg::pgoutput;
+use crate::retry::Retry;
+
+/// Where a row stands in the total order: its transaction's commit, and its number in the transaction from 0.
+///
+/// LSNs of single changes are neither unique (all rows of a COPY share one) nor ordered (transactions interleave).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// Where the transaction's commit record starts.
+    pub commit_lsn: Lsn,
+    /// The row's number in its transaction.
+    pub seq: u64,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "row {} of the transaction committed at {}", self.seq, self.commit_lsn)
+    }
+}
+
+/// What travels from Postgres to the broker, on one road.
+#[derive(Debug, PartialEq)]
+pub enum Item {
+    /// One outbox row.
+    Message(Position, Message),
+    /// Once everything before it has settled, Postgres may be told this position.
+    Checkpoint(Lsn),
+}
+
+/// A stream or a row that cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The change is not pgoutput.
+    #[error("a change cannot be decoded")]
+    Decode(#[from] pgoutput::Error),
+    /// Messages in an order that the protocol does not allow.
+    #[error("the stream from Postgres is out of order: {0}")]
+    Order(String),
+    /// A row of a table about which the catalog said nothing: ask it again.
+    #[error("a row of an unknown table (OID {oid}, {name}) came through the publication")]
+    UnknownTable {
+        /// Its OID.
+        oid: u32,
+        /// Its name in the stream.
+        name: String,
+    },
+    /// The outbox table went and another took its name.
+    #[error(
+        "table {name} was dropped and re-created (its OID is {oid} now). Remedy: check what was committed to it meanwhile \
+         and restart"
+    )]
+    Recreated {
+        /// Its new OID.
+        oid: u32,
+        /// Its name.
+        name: String,
+    },
+    /// The table's columns do not make an outbox.
+    #[error("table {table}: {problem}. Remedy: {remedy}")]
+    Columns {
+        /// The table.
+        table: String,
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
+    /// A row that no broker could take as it is.
+    #[error(
+        "{position} (id {id}) cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such \
+         rows; the row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction \
+         with pg_replication_slot_advance"
+    )]
+    Row {
+        /// Which row.
+        position: Position,
+        /// The row's id, as far as it has one.
+        id: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+impl Error {
+    /// Whether a new session can help.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Error::Decode(_) | Error::Order(_) => Retry::Later,
+            Error::UnknownTable { .. } | Error::Recreated { .. } | Error::Columns { .. } | Error::Row { .. } => {
+                Retry::Never
+            }
+        }
+    }
+}

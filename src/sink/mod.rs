@@ -1,0 +1,185 @@
+//! A row of equal doors, one a broker. A sink does not know that positions exist: it takes messages and says when the
+//! broker holds them.
+//!
+//! To add a broker: one file beside `rabbitmq` and `stdout` with the same parts in the same order (`Settings`, `open`, the
+//! two methods), and one variant of [`AnySink`].
+
+pub mod rabbitmq;
+pub mod stdout;
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+pub use rabbitmq::RabbitMq;
+pub use stdout::Stdout;
+
+use crate::outbox::Message;
+use crate::retry::Retry;
+
+/// Where messages go.
+pub trait Sink: Send {
+    /// Writes the run to the broker, in the order given, and returns a receipt for it. The receipt settles when the broker
+    /// has taken responsibility for every message of the run; receipts settle in the order of their runs.
+    ///
+    /// # Errors
+    /// Any, here or in a receipt, ends the session: any part of what was unsettled may have arrived.
+    fn publish(&mut self, run: Vec<Message>) -> impl Future<Output = Result<Receipt, Error>> + Send;
+
+    /// Proves that a delivery could succeed now; changes nothing.
+    ///
+    /// # Errors
+    /// Why it could not.
+    fn check(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
+}
+
+/// Settles when the broker holds every message of a run.
+pub struct Receipt(Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>);
+
+impl Receipt {
+    /// Settles when `settled` does.
+    pub fn new(settled: impl Future<Output = Result<(), Error>> + Send + 'static) -> Self {
+        Self(Box::pin(settled))
+    }
+}
+
+impl Future for Receipt {
+    type Output = Result<(), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Receipt")
+    }
+}
+
+/// Why a session with a broker ended or did not begin.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// No session.
+    #[error("cannot open a session with the broker at {host}: {problem}")]
+    Unreachable {
+        /// Host and port.
+        host: String,
+        /// What was said.
+        problem: String,
+    },
+    /// The session broke.
+    #[error("the session with the broker broke: {0}")]
+    Broken(String),
+    /// The broker took longer than it may.
+    #[error("the broker did not answer within {after:?} ({during})")]
+    Timeout {
+        /// What was awaited.
+        during: &'static str,
+        /// The limit.
+        after: Duration,
+    },
+    /// The broker refused a message that is possible: it may take it later.
+    #[error("message {id} was refused: {refusal}")]
+    Refused {
+        /// The message's id.
+        id: String,
+        /// How, and what to do.
+        refusal: Refusal,
+    },
+    /// The message can never be taken as it is.
+    #[error(
+        "message {id} cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such rows; the \
+         row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction with \
+         pg_replication_slot_advance"
+    )]
+    Undeliverable {
+        /// The message's id.
+        id: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The broker is set up in a way that excludes us.
+    #[error("{problem}. Remedy: {remedy}")]
+    Setup {
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        remedy: String,
+    },
+}
+
+/// How a broker refuses a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Nothing is bound that would take this key.
+    Unroutable {
+        /// The exchange.
+        exchange: String,
+        /// The routing key.
+        routing_key: String,
+    },
+    /// A queue refused it, or could not store it.
+    Nacked,
+}
+
+impl Refusal {
+    /// The label of `pgoutbox_refused_total`.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Refusal::Unroutable { .. } => "unroutable",
+            Refusal::Nacked => "nacked",
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::Unroutable { exchange, routing_key } => write!(
+                f,
+                "unroutable, no queue is bound to exchange {exchange:?} for routing key {routing_key:?}. Remedy: bind one"
+            ),
+            Refusal::Nacked => f.write_str(
+                "nacked, a queue is full (overflow reject-publish) or could not store it. Remedy: look at the queues bound \
+                 for it and at the broker's log",
+            ),
+        }
+    }
+}
+
+impl Error {
+    /// Whether a new session can help.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Error::Undeliverable { .. } | Error::Setup { .. } => Retry::Never,
+            _ => Retry::Later,
+        }
+    }
+}
+
+/// Every broker there is.
+pub enum AnySink {
+    /// AMQP 0-9-1.
+    RabbitMq(RabbitMq),
+    /// One JSON line a message.
+    Stdout(Stdout),
+}
+
+impl Sink for AnySink {
+    async fn publish(&mut self, run: Vec<Message>) -> Result<Receipt, Error> {
+        match self {
+            AnySink::RabbitMq(sink) => sink.publish(run).await,
+            AnySink::Stdout(sink) => sink.publish(run).await,
+        }
+    }
+
+    async fn check(&mut self) -> Result<(), Error> {
+        match self {
+            AnySink::RabbitMq(sink) => sink.check().await,
+            AnySink::Stdout(sink) => sink.check().await,
+        }
+    }
+}
