@@ -1,0 +1,410 @@
+//! A private PostgreSQL.
+//!
+//! The trap: PostgreSQL refuses to run as root, so root runs it as user `postgres`, and that user can enter neither
+//! root's home nor most checkouts. The data lives under the temporary directory, every command starts there, and a server
+//! unpacked where `postgres` cannot go is linked or copied next to its data.
+
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::unistd::{User, geteuid};
+use tempfile::TempDir;
+
+use super::keeper::Keeper;
+use super::process::{Process, gone_within, true_within};
+use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
+
+const DEBIAN_VERSIONS: &str = "/usr/lib/postgresql";
+const REMEDY: &str = "run `apt-get install postgresql`";
+
+/// Recovery after a kill included; generous, because the machine may be building something else.
+const START_WITHIN: Duration = Duration::from_secs(60);
+const STOP_WITHIN: Duration = Duration::from_secs(30);
+
+/// `fsync` stays as it is delivered: the tests kill this server and ask what it kept.
+const DEFAULTS: [(&str, &str); 6] = [
+    ("listen_addresses", "127.0.0.1"),
+    ("wal_level", "logical"),
+    ("max_wal_senders", "20"),
+    ("max_replication_slots", "20"),
+    ("wal_sender_timeout", "10s"),
+    ("log_line_prefix", "%m [%p] %a "),
+];
+
+/// The first rule that fits decides, so `append_hba` writes above this line.
+const HBA_TRUST: &str = "\
+# everyone else
+local all         all              trust
+host  all         all 127.0.0.1/32 trust
+local replication all              trust
+host  replication all 127.0.0.1/32 trust
+";
+
+/// A private PostgreSQL; dropping it stops it and removes its data.
+#[derive(Debug)]
+pub struct Postgres {
+    bin: PathBuf,
+    library_path: Option<PathBuf>,
+    /// Whom to run as: only root has to become someone else.
+    user: Option<User>,
+    port: u16,
+    postmaster: Option<Process>,
+    data: PathBuf,
+    socket: PathBuf,
+    log: PathBuf,
+    // Dropped in this order, after our own Drop stopped the server.
+    directory: TempDir,
+    keeper: Keeper,
+}
+
+impl Postgres {
+    /// Starts the newest version under `/usr/lib/postgresql`, where Debian puts them. `settings` override the defaults:
+    /// `wal_level=logical`, 20 slots and walsenders, `wal_sender_timeout=10s`.
+    pub fn start(settings: &[(&str, &str)]) -> Result<Self, Error> {
+        Self::start_from(&newest_bin()?, settings)
+    }
+
+    /// Starts the server whose `initdb`, `pg_ctl` and `postgres` are in `bin`, with the libraries of `bin/../lib` if
+    /// there are any: an unpacked npm package, a build from source.
+    pub fn start_from(bin: &Path, settings: &[(&str, &str)]) -> Result<Self, Error> {
+        let mut server = Self::prepare(bin)?;
+        server.initialise(settings)?;
+        for attempt in 1.. {
+            match server.start_again() {
+                Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("Address already in use") => {
+                    let [port] = free_ports()?;
+                    server.port = port;
+                    let _ = std::fs::remove_file(&server.log);
+                    server.append_conf(&format!("port = {port}"))?;
+                }
+                result => return result.map(|()| server),
+            }
+        }
+        unreachable!("the loop above ends by returning")
+    }
+
+    /// `postgres://postgres@127.0.0.1:PORT/postgres`, a superuser.
+    pub fn url(&self) -> String {
+        self.url_for("postgres", None, "postgres")
+    }
+
+    /// The same for someone else; every part is escaped.
+    pub fn url_for(&self, user: &str, password: Option<&str>, database: &str) -> String {
+        let password = password.map(|password| format!(":{}", escaped(password))).unwrap_or_default();
+        format!("postgres://{}{password}@127.0.0.1:{}/{}", escaped(user), self.port, escaped(database))
+    }
+
+    /// The directory of the Unix socket, for `host=`.
+    pub fn socket_dir(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The port on 127.0.0.1, and of the Unix socket's name. It stays the same for the life of this value.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// PGDATA. Only root and the user the server runs as can enter it.
+    pub fn data_dir(&self) -> &Path {
+        &self.data
+    }
+
+    /// All the server has logged.
+    pub fn log(&self) -> String {
+        read_lossy(&self.log)
+    }
+
+    /// The postmaster's process id while it runs.
+    pub fn pid(&self) -> Option<i32> {
+        self.postmaster.filter(Process::is_running).map(|postmaster| postmaster.pid)
+    }
+
+    /// Stops the server as `pg_ctl stop -m MODE` does (`smart`, `fast` or `immediate`) and says how long it took.
+    ///
+    /// # Errors
+    /// `Late` when it had not stopped in time. It goes on trying: a fast shutdown waits for walsenders whose client does
+    /// not confirm what was sent.
+    pub fn stop(&mut self, mode: &str, within: Duration) -> Result<Duration, Error> {
+        let doing = format!("stop PostgreSQL ({mode})");
+        // https://www.postgresql.org/docs/current/server-shutdown.html
+        let signal = match mode {
+            "smart" => Signal::SIGTERM,
+            "fast" => Signal::SIGINT,
+            "immediate" => Signal::SIGQUIT,
+            _ => return Err(Error::refused(doing, "the modes are smart, fast and immediate")),
+        };
+        let begun = Instant::now();
+        let Some(postmaster) = self.postmaster else { return Ok(Duration::ZERO) };
+        postmaster.signal(signal).map_err(Error::io(doing.clone()))?;
+        if !gone_within(&[postmaster], within) {
+            return Err(Error::Late { doing, within, why: tail(&self.log()) });
+        }
+        self.postmaster = None;
+        Ok(begun.elapsed())
+    }
+
+    /// Starts it on the same data and port, and returns when it accepts connections.
+    pub fn start_again(&mut self) -> Result<(), Error> {
+        if let Some(pid) = self.pid() {
+            return Err(Error::refused("start PostgreSQL", format!("it runs already, as process {pid}")));
+        }
+        let seconds = START_WITHIN.as_secs().to_string();
+        let mut start = self.command("pg_ctl");
+        start.arg("start").arg("-D").arg(&self.data).arg("-l").arg(&self.log).args(["-w", "-s", "-t", &seconds]);
+        // Not captured through a pipe: the postmaster would inherit it, and reading to its end would never end.
+        let started = start.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let started = started.map_err(Error::io("run pg_ctl"))?;
+        // Looked up even after a failure: a server that was merely late is ours to stop.
+        self.postmaster = self.pid_file_first_line().and_then(Process::find);
+        if let Some(postmaster) = self.postmaster {
+            self.keeper.tell(postmaster, "QUIT")?;
+        }
+        if started.success() { Ok(()) } else { Err(Error::refused("start PostgreSQL", tail(&self.log()))) }
+    }
+
+    /// [`Self::stop`], then [`Self::start_again`].
+    pub fn restart(&mut self, mode: &str) -> Result<(), Error> {
+        self.stop(mode, STOP_WITHIN)?;
+        self.start_again()
+    }
+
+    /// SIGKILL to the postmaster, as the out-of-memory killer does; returns when its children are gone too.
+    pub fn kill(&mut self) -> Result<(), Error> {
+        let Some(postmaster) = self.postmaster else { return Ok(()) };
+        if !postmaster.kill_with_descendants().map_err(Error::io("kill PostgreSQL"))? {
+            return Err(Error::refused("kill PostgreSQL", "a child of it does not go away"));
+        }
+        self.postmaster = None;
+        Ok(())
+    }
+
+    /// Adds a line to `postgresql.conf`, where the last one of a name wins; [`Self::reload`] or a restart applies it.
+    pub fn append_conf(&self, line: &str) -> Result<(), Error> {
+        let conf = OpenOptions::new().append(true).open(self.data.join("postgresql.conf"));
+        conf.and_then(|mut conf| writeln!(conf, "{line}")).map_err(Error::io("write postgresql.conf"))
+    }
+
+    /// Adds a rule to `pg_hba.conf`, after earlier ones and above those that trust everyone, since the first that fits
+    /// decides; [`Self::reload`] applies it.
+    pub fn append_hba(&self, line: &str) -> Result<(), Error> {
+        let path = self.data.join("pg_hba.conf");
+        let own = read_lossy(&path).replace(HBA_TRUST, "");
+        std::fs::write(&path, format!("{own}{line}\n{HBA_TRUST}")).map_err(Error::io("write pg_hba.conf"))
+    }
+
+    /// Makes the postmaster read its files again and returns when it says so. New sessions have the new settings; running
+    /// ones follow when they next wait for their client.
+    pub fn reload(&self) -> Result<(), Error> {
+        let Some(postmaster) = self.postmaster.filter(Process::is_running) else {
+            return Err(Error::refused("reload PostgreSQL", "it does not run"));
+        };
+        let reloads = || self.log().matches("received SIGHUP, reloading configuration files").count();
+        let before = reloads();
+        postmaster.signal(Signal::SIGHUP).map_err(Error::io("reload PostgreSQL"))?;
+        if true_within(START_WITHIN, || reloads() > before) {
+            return Ok(());
+        }
+        Err(Error::Late { doing: "reload PostgreSQL".to_owned(), within: START_WITHIN, why: tail(&self.log()) })
+    }
+
+    fn prepare(bin: &Path) -> Result<Self, Error> {
+        if !bin.join("initdb").is_file() {
+            let looked_for = bin.join("initdb").display().to_string();
+            return Err(Error::Missing { server: "PostgreSQL", looked_for, remedy: REMEDY });
+        }
+        let user = unprivileged_user()?;
+        let directory = tempfile::Builder::new().prefix("pgoutbox-postgres-").tempdir();
+        let directory = directory.map_err(Error::io("make a temporary directory"))?;
+        let keeper = Keeper::of(directory.path())?;
+        let path = directory.path();
+        give(path, user.as_ref(), 0o755)?;
+        for (name, mode) in [("data", 0o700), ("socket", 0o755)] {
+            std::fs::create_dir(path.join(name)).map_err(Error::io("make a directory for PostgreSQL"))?;
+            give(&path.join(name), user.as_ref(), mode)?;
+        }
+        let [port] = free_ports()?;
+        let mut server = Self {
+            bin: bin.to_owned(),
+            library_path: None,
+            user,
+            port,
+            postmaster: None,
+            data: path.join("data"),
+            socket: path.join("socket"),
+            log: path.join("postgres.log"),
+            directory,
+            keeper,
+        };
+        server.bring_within_reach()?;
+        Ok(server)
+    }
+
+    /// Sees to it that the user who runs the server can read it.
+    fn bring_within_reach(&mut self) -> Result<(), Error> {
+        if !self.user_may("-w", self.directory.path())? {
+            let why = "user postgres cannot enter it; set TMPDIR to a directory everyone can enter, such as /tmp";
+            return Err(Error::refused(format!("use {}", self.directory.path().display()), why));
+        }
+        if !self.user_may("-x", &self.bin.join("initdb"))? {
+            let tree = self.bin.parent().unwrap_or(Path::new("/"));
+            let copy = self.directory.path().join("server");
+            copy_tree(tree, &copy)?;
+            self.bin = copy.join(self.bin.file_name().unwrap_or_default());
+        }
+        // Debian's own layout has a lib there too, with nothing in it that the loader would look for.
+        self.library_path = self.bin.parent().map(|tree| tree.join("lib")).filter(|lib| lib.is_dir());
+        Ok(())
+    }
+
+    fn user_may(&self, right: &str, path: &Path) -> Result<bool, Error> {
+        let Some(user) = &self.user else { return Ok(true) };
+        let mut test = as_user(user, "test");
+        let answer = test.arg(right).arg(path).current_dir("/").status();
+        Ok(answer.map_err(Error::io("run runuser"))?.success())
+    }
+
+    fn initialise(&self, settings: &[(&str, &str)]) -> Result<(), Error> {
+        let mut initdb = self.command("initdb");
+        initdb.arg("-D").arg(&self.data);
+        initdb.args(["-U", "postgres", "-A", "trust", "-N", "--encoding=UTF8", "--locale=C"]);
+        let Output { status, stdout, stderr } = initdb.output().map_err(Error::io("run initdb"))?;
+        if !status.success() {
+            let wrote = format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+            return Err(Error::refused("initialise PostgreSQL", tail(&wrote)));
+        }
+        self.append_conf(&format!("port = {}", self.port))?;
+        self.append_conf(&format!("unix_socket_directories = {}", quoted(&self.socket.display().to_string())))?;
+        for (name, value) in DEFAULTS.iter().chain(settings) {
+            self.append_conf(&format!("{name} = {}", quoted(value)))?;
+        }
+        std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST).map_err(Error::io("write pg_hba.conf"))
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let program = self.bin.join(program);
+        let mut command = match &self.user {
+            Some(user) => as_user(user, "env"),
+            None => Command::new("env"),
+        };
+        // Through env(1), so that these libraries are not given to runuser itself.
+        if let Some(library_path) = &self.library_path {
+            command.arg(format!("LD_LIBRARY_PATH={}", library_path.display()));
+        }
+        // A PGDATA or PGPORT of the caller means another server.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG")) {
+            command.env_remove(name);
+        }
+        command.arg(program).env("LC_ALL", "C").current_dir(self.directory.path()).process_group(0).stdin(Stdio::null());
+        command
+    }
+
+    fn pid_file_first_line(&self) -> Option<i32> {
+        read_lossy(&self.data.join("postmaster.pid")).lines().next()?.trim().parse().ok()
+    }
+
+    /// A killed postmaster leaves its System V segment behind, and only a next start on the same data would take it over.
+    fn remove_shared_memory(&self) {
+        // Line 7 of the file is the segment's key and id.
+        let file = read_lossy(&self.data.join("postmaster.pid"));
+        let id = file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1));
+        if let Some(id) = id.filter(|id| id.parse::<u32>().is_ok()) {
+            let _ = Command::new("ipcrm").args(["-m", id]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        }
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // The postmaster itself kills children that ignore an immediate shutdown, after five seconds.
+        if self.stop("immediate", STOP_WITHIN).is_err() {
+            let _ = self.kill();
+        }
+        self.remove_shared_memory();
+    }
+}
+
+fn newest_bin() -> Result<PathBuf, Error> {
+    let versions = std::fs::read_dir(DEBIAN_VERSIONS).into_iter().flatten().flatten();
+    let numbered = versions.filter_map(|entry| Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path())));
+    let servers = numbered.map(|(version, path)| (version, path.join("bin"))).filter(|(_, bin)| bin.join("initdb").is_file());
+    servers.max().map(|(_, bin)| bin).ok_or_else(|| Error::Missing {
+        server: "PostgreSQL",
+        looked_for: format!("{DEBIAN_VERSIONS}/*/bin/initdb"),
+        remedy: REMEDY,
+    })
+}
+
+fn unprivileged_user() -> Result<Option<User>, Error> {
+    if !geteuid().is_root() {
+        return Ok(None);
+    }
+    let user = User::from_name("postgres").map_err(|errno| Error::io("look up user postgres")(errno.into()))?;
+    let missing = || Error::Missing { server: "PostgreSQL", looked_for: "user postgres".to_owned(), remedy: REMEDY };
+    user.map(Some).ok_or_else(missing)
+}
+
+fn as_user(user: &User, program: &str) -> Command {
+    let mut command = Command::new("runuser");
+    command.args(["-u", &user.name, "--", program]);
+    command
+}
+
+fn give(path: &Path, user: Option<&User>, mode: u32) -> Result<(), Error> {
+    let doing = || Error::io(format!("give {} to user postgres", path.display()));
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(doing())?;
+    if let Some(user) = user {
+        chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw())).map_err(doing())?;
+    }
+    Ok(())
+}
+
+/// Hard links where the file system is the same (nothing is copied, and a link needs no way through the old directory),
+/// else a copy.
+fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
+    let doing = || format!("copy {} to where user postgres can read it", from.display());
+    for how in [["-a", "--link"].as_slice(), ["-a"].as_slice()] {
+        std::fs::create_dir_all(to).map_err(Error::io(doing()))?;
+        let copied = Command::new("cp").args(how).arg("--").arg(from.join(".")).arg(to).stderr(Stdio::null()).status();
+        if copied.map_err(Error::io(doing()))?.success() {
+            // The top is a directory of our own even when its files are links.
+            return give(to, None, 0o755);
+        }
+        std::fs::remove_dir_all(to).map_err(Error::io(doing()))?;
+    }
+    Err(Error::refused(doing(), "cp failed; is there room for 100 MB?"))
+}
+
+/// A value in `postgresql.conf`.
+fn quoted(value: &str) -> String {
+    format!("'{}'", value.replace('\'', "''"))
+}
+
+/// Percent-encodes all but RFC 3986's unreserved characters.
+fn escaped(part: &str) -> String {
+    let escape = |byte: u8| match byte {
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+        _ => format!("%{byte:02X}"),
+    };
+    part.bytes().map(escape).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_escaped_in_an_url() {
+        assert_eq!(escaped("p@ss/ü"), "p%40ss%2F%C3%BC");
+    }
+
+    #[test]
+    fn a_quote_in_a_setting_is_doubled() {
+        assert_eq!(quoted("it's"), "'it''s'");
+    }
+}
