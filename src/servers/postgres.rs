@@ -229,8 +229,10 @@ impl Postgres {
             give(&path.join(name), user.as_ref(), mode)?;
         }
         let [port] = free_ports()?;
+        // Its commands run in another directory.
+        let bin = bin.canonicalize().map_err(Error::io(format!("find {}", bin.display())))?;
         let mut server = Self {
-            bin: bin.to_owned(),
+            bin,
             library_path: None,
             user,
             port,
