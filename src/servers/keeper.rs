@@ -61,8 +61,11 @@ impl Keeper {
 
     /// `signal` is what ends this process in good order, by its name without SIG.
     pub(super) fn tell(&mut self, process: Process, signal: &str) -> Result<(), Error> {
-        let Some(pipe) = self.shell.stdin.as_mut() else { return Ok(()) };
-        writeln!(pipe, "{} {} {signal}", process.pid, process.started).map_err(Error::io("write to the keeper"))
+        let Some(pipe) = self.shell.stdin.as_mut() else {
+            return Ok(());
+        };
+        writeln!(pipe, "{} {} {signal}", process.pid, process.started)
+            .map_err(Error::io("write to the keeper"))
     }
 }
 

@@ -77,7 +77,10 @@ impl Error {
     }
 
     fn refused(doing: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::Refused { doing: doing.into(), why: why.into() }
+        Self::Refused {
+            doing: doing.into(),
+            why: why.into(),
+        }
     }
 }
 
@@ -90,7 +93,10 @@ fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
     // Held until all are found, so that no two are the same.
     let mut ports = [0; N];
     for (port, listener) in ports.iter_mut().zip(&held) {
-        *port = listener.local_addr().map_err(Error::io("read the port of a socket"))?.port();
+        *port = listener
+            .local_addr()
+            .map_err(Error::io("read the port of a socket"))?
+            .port();
     }
     Ok(ports)
 }
@@ -101,7 +107,9 @@ fn free_port() -> io::Result<TcpListener> {
     let ephemeral = ephemeral_lowest();
     if ephemeral > LOWEST + 1_000 {
         for _ in 0..PICKS_MAX {
-            if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(LOWEST..ephemeral))) {
+            if let Ok(listener) =
+                TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(LOWEST..ephemeral)))
+            {
                 return Ok(listener);
             }
         }
@@ -110,19 +118,30 @@ fn free_port() -> io::Result<TcpListener> {
 }
 
 fn ephemeral_lowest() -> u16 {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    range.split_whitespace().next().and_then(|lowest| lowest.parse().ok()).unwrap_or(32_768)
+    let range =
+        std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    range
+        .split_whitespace()
+        .next()
+        .and_then(|lowest| lowest.parse().ok())
+        .unwrap_or(32_768)
 }
 
 fn read_lossy(path: &Path) -> String {
-    std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    std::fs::read(path)
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .unwrap_or_default()
 }
 
 fn tail(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     let from = lines.len().saturating_sub(LOG_TAIL_LINES);
     let last = lines.get(from..).unwrap_or_default().join("\n");
-    if last.trim().is_empty() { "it wrote nothing to its log".to_owned() } else { format!("its log ends with\n{last}") }
+    if last.trim().is_empty() {
+        "it wrote nothing to its log".to_owned()
+    } else {
+        format!("its log ends with\n{last}")
+    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,8 @@ const REMEDY: &str = "run `apt-get install postgresql`";
 const START_WITHIN: Duration = Duration::from_secs(60);
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 
+const PID_FILE: &str = "postmaster.pid";
+
 /// `fsync` stays as it is delivered: the tests kill this server and ask what it kept.
 const DEFAULTS: [(&str, &str); 6] = [
     ("listen_addresses", "127.0.0.1"),
@@ -77,7 +79,10 @@ impl Postgres {
         server.initialise(settings)?;
         for attempt in 1.. {
             match server.start_again() {
-                Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("Address already in use") => {
+                Err(_)
+                    if attempt < START_ATTEMPTS_MAX
+                        && server.log().contains("Address already in use") =>
+                {
                     let [port] = free_ports()?;
                     server.port = port;
                     let _ = std::fs::remove_file(&server.log);
@@ -96,8 +101,15 @@ impl Postgres {
 
     /// The same for someone else; every part is escaped.
     pub fn url_for(&self, user: &str, password: Option<&str>, database: &str) -> String {
-        let password = password.map(|password| format!(":{}", escaped(password))).unwrap_or_default();
-        format!("postgres://{}{password}@127.0.0.1:{}/{}", escaped(user), self.port, escaped(database))
+        let password = password
+            .map(|password| format!(":{}", escaped(password)))
+            .unwrap_or_default();
+        format!(
+            "postgres://{}{password}@127.0.0.1:{}/{}",
+            escaped(user),
+            self.port,
+            escaped(database)
+        )
     }
 
     /// The directory of the Unix socket, for `host=`.
@@ -122,7 +134,9 @@ impl Postgres {
 
     /// The postmaster's process id while it runs.
     pub fn pid(&self) -> Option<i32> {
-        self.postmaster.filter(Process::is_running).map(|postmaster| postmaster.pid)
+        self.postmaster
+            .filter(Process::is_running)
+            .map(|postmaster| postmaster.pid)
     }
 
     /// Stops the server as `pg_ctl stop -m MODE` does (`smart`, `fast` or `immediate`) and says how long it took.
@@ -137,13 +151,26 @@ impl Postgres {
             "smart" => Signal::SIGTERM,
             "fast" => Signal::SIGINT,
             "immediate" => Signal::SIGQUIT,
-            _ => return Err(Error::refused(doing, "the modes are smart, fast and immediate")),
+            _ => {
+                return Err(Error::refused(
+                    doing,
+                    "the modes are smart, fast and immediate",
+                ));
+            }
         };
         let begun = Instant::now();
-        let Some(postmaster) = self.postmaster else { return Ok(Duration::ZERO) };
-        postmaster.signal(signal).map_err(Error::io(doing.clone()))?;
+        let Some(postmaster) = self.postmaster else {
+            return Ok(Duration::ZERO);
+        };
+        postmaster
+            .signal(signal)
+            .map_err(Error::io(doing.clone()))?;
         if !gone_within(&[postmaster], within) {
-            return Err(Error::Late { doing, within, why: tail(&self.log()) });
+            return Err(Error::Late {
+                doing,
+                within,
+                why: tail(&self.log()),
+            });
         }
         self.postmaster = None;
         Ok(begun.elapsed())
@@ -152,20 +179,33 @@ impl Postgres {
     /// Starts it on the same data and port, and returns when it accepts connections.
     pub fn start_again(&mut self) -> Result<(), Error> {
         if let Some(pid) = self.pid() {
-            return Err(Error::refused("start PostgreSQL", format!("it runs already, as process {pid}")));
+            return Err(Error::refused(
+                "start PostgreSQL",
+                format!("it runs already, as process {pid}"),
+            ));
         }
         let seconds = START_WITHIN.as_secs().to_string();
         let mut start = self.command("pg_ctl");
-        start.arg("start").arg("-D").arg(&self.data).arg("-l").arg(&self.log).args(["-w", "-s", "-t", &seconds]);
+        start
+            .arg("start")
+            .arg("-D")
+            .arg(&self.data)
+            .arg("-l")
+            .arg(&self.log)
+            .args(["-w", "-s", "-t", &seconds]);
         // Not captured through a pipe: the postmaster would inherit it, and reading to its end would never end.
         let started = start.stdout(Stdio::null()).stderr(Stdio::null()).status();
         let started = started.map_err(Error::io("run pg_ctl"))?;
         // Looked up even after a failure: a server that was merely late is ours to stop.
-        self.postmaster = self.pid_file_first_line().and_then(Process::find);
+        self.postmaster = self.running_postmaster();
         if let Some(postmaster) = self.postmaster {
             self.keeper.tell(postmaster, "QUIT")?;
         }
-        if started.success() { Ok(()) } else { Err(Error::refused("start PostgreSQL", tail(&self.log()))) }
+        if started.success() {
+            Ok(())
+        } else {
+            Err(Error::refused("start PostgreSQL", tail(&self.log())))
+        }
     }
 
     /// [`Self::stop`], then [`Self::start_again`].
@@ -176,18 +216,30 @@ impl Postgres {
 
     /// SIGKILL to the postmaster, as the out-of-memory killer does; returns when its children are gone too.
     pub fn kill(&mut self) -> Result<(), Error> {
-        let Some(postmaster) = self.postmaster else { return Ok(()) };
-        if !postmaster.kill_with_descendants().map_err(Error::io("kill PostgreSQL"))? {
-            return Err(Error::refused("kill PostgreSQL", "a child of it does not go away"));
+        let Some(postmaster) = self.postmaster else {
+            return Ok(());
+        };
+        if !postmaster
+            .kill_with_descendants()
+            .map_err(Error::io("kill PostgreSQL"))?
+        {
+            return Err(Error::refused(
+                "kill PostgreSQL",
+                "a child of it does not go away",
+            ));
         }
         self.postmaster = None;
+        self.remove_what_a_kill_leaves();
         Ok(())
     }
 
     /// Adds a line to `postgresql.conf`, where the last one of a name wins; [`Self::reload`] or a restart applies it.
     pub fn append_conf(&self, line: &str) -> Result<(), Error> {
-        let conf = OpenOptions::new().append(true).open(self.data.join("postgresql.conf"));
-        conf.and_then(|mut conf| writeln!(conf, "{line}")).map_err(Error::io("write postgresql.conf"))
+        let conf = OpenOptions::new()
+            .append(true)
+            .open(self.data.join("postgresql.conf"));
+        conf.and_then(|mut conf| writeln!(conf, "{line}"))
+            .map_err(Error::io("write postgresql.conf"))
     }
 
     /// Adds a rule to `pg_hba.conf`, after earlier ones and above those that trust everyone, since the first that fits
@@ -195,7 +247,8 @@ impl Postgres {
     pub fn append_hba(&self, line: &str) -> Result<(), Error> {
         let path = self.data.join("pg_hba.conf");
         let own = read_lossy(&path).replace(HBA_TRUST, "");
-        std::fs::write(&path, format!("{own}{line}\n{HBA_TRUST}")).map_err(Error::io("write pg_hba.conf"))
+        std::fs::write(&path, format!("{own}{line}\n{HBA_TRUST}"))
+            .map_err(Error::io("write pg_hba.conf"))
     }
 
     /// Makes the postmaster read its files again and returns when it says so. New sessions have the new settings; running
@@ -204,33 +257,52 @@ impl Postgres {
         let Some(postmaster) = self.postmaster.filter(Process::is_running) else {
             return Err(Error::refused("reload PostgreSQL", "it does not run"));
         };
-        let reloads = || self.log().matches("received SIGHUP, reloading configuration files").count();
+        let reloads = || {
+            self.log()
+                .matches("received SIGHUP, reloading configuration files")
+                .count()
+        };
         let before = reloads();
-        postmaster.signal(Signal::SIGHUP).map_err(Error::io("reload PostgreSQL"))?;
+        postmaster
+            .signal(Signal::SIGHUP)
+            .map_err(Error::io("reload PostgreSQL"))?;
         if true_within(START_WITHIN, || reloads() > before) {
             return Ok(());
         }
-        Err(Error::Late { doing: "reload PostgreSQL".to_owned(), within: START_WITHIN, why: tail(&self.log()) })
+        Err(Error::Late {
+            doing: "reload PostgreSQL".to_owned(),
+            within: START_WITHIN,
+            why: tail(&self.log()),
+        })
     }
 
     fn prepare(bin: &Path) -> Result<Self, Error> {
         if !bin.join("initdb").is_file() {
             let looked_for = bin.join("initdb").display().to_string();
-            return Err(Error::Missing { server: "PostgreSQL", looked_for, remedy: REMEDY });
+            return Err(Error::Missing {
+                server: "PostgreSQL",
+                looked_for,
+                remedy: REMEDY,
+            });
         }
         let user = unprivileged_user()?;
-        let directory = tempfile::Builder::new().prefix("pgoutbox-postgres-").tempdir();
+        let directory = tempfile::Builder::new()
+            .prefix("pgoutbox-postgres-")
+            .tempdir();
         let directory = directory.map_err(Error::io("make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
         let path = directory.path();
         give(path, user.as_ref(), 0o755)?;
         for (name, mode) in [("data", 0o700), ("socket", 0o755)] {
-            std::fs::create_dir(path.join(name)).map_err(Error::io("make a directory for PostgreSQL"))?;
+            std::fs::create_dir(path.join(name))
+                .map_err(Error::io("make a directory for PostgreSQL"))?;
             give(&path.join(name), user.as_ref(), mode)?;
         }
         let [port] = free_ports()?;
         // Its commands run in another directory.
-        let bin = bin.canonicalize().map_err(Error::io(format!("find {}", bin.display())))?;
+        let bin = bin
+            .canonicalize()
+            .map_err(Error::io(format!("find {}", bin.display())))?;
         let mut server = Self {
             bin,
             library_path: None,
@@ -251,7 +323,10 @@ impl Postgres {
     fn bring_within_reach(&mut self) -> Result<(), Error> {
         if !self.user_may("-w", self.directory.path())? {
             let why = "user postgres cannot enter it; set TMPDIR to a directory everyone can enter, such as /tmp";
-            return Err(Error::refused(format!("use {}", self.directory.path().display()), why));
+            return Err(Error::refused(
+                format!("use {}", self.directory.path().display()),
+                why,
+            ));
         }
         if !self.user_may("-x", &self.bin.join("initdb"))? {
             let tree = self.bin.parent().unwrap_or(Path::new("/"));
@@ -260,12 +335,18 @@ impl Postgres {
             self.bin = copy.join(self.bin.file_name().unwrap_or_default());
         }
         // Debian's own layout has a lib there too, with nothing in it that the loader would look for.
-        self.library_path = self.bin.parent().map(|tree| tree.join("lib")).filter(|lib| lib.is_dir());
+        self.library_path = self
+            .bin
+            .parent()
+            .map(|tree| tree.join("lib"))
+            .filter(|lib| lib.is_dir());
         Ok(())
     }
 
     fn user_may(&self, right: &str, path: &Path) -> Result<bool, Error> {
-        let Some(user) = &self.user else { return Ok(true) };
+        let Some(user) = &self.user else {
+            return Ok(true);
+        };
         let mut test = as_user(user, "test");
         let answer = test.arg(right).arg(path).current_dir("/").status();
         Ok(answer.map_err(Error::io("run runuser"))?.success())
@@ -274,18 +355,38 @@ impl Postgres {
     fn initialise(&self, settings: &[(&str, &str)]) -> Result<(), Error> {
         let mut initdb = self.command("initdb");
         initdb.arg("-D").arg(&self.data);
-        initdb.args(["-U", "postgres", "-A", "trust", "-N", "--encoding=UTF8", "--locale=C"]);
-        let Output { status, stdout, stderr } = initdb.output().map_err(Error::io("run initdb"))?;
+        initdb.args([
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-N",
+            "--encoding=UTF8",
+            "--locale=C",
+        ]);
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = initdb.output().map_err(Error::io("run initdb"))?;
         if !status.success() {
-            let wrote = format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+            let wrote = format!(
+                "{}{}",
+                String::from_utf8_lossy(&stdout),
+                String::from_utf8_lossy(&stderr)
+            );
             return Err(Error::refused("initialise PostgreSQL", tail(&wrote)));
         }
         self.append_conf(&format!("port = {}", self.port))?;
-        self.append_conf(&format!("unix_socket_directories = {}", quoted(&self.socket.display().to_string())))?;
+        self.append_conf(&format!(
+            "unix_socket_directories = {}",
+            quoted(&self.socket.display().to_string())
+        ))?;
         for (name, value) in DEFAULTS.iter().chain(settings) {
             self.append_conf(&format!("{name} = {}", quoted(value)))?;
         }
-        std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST).map_err(Error::io("write pg_hba.conf"))
+        std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST)
+            .map_err(Error::io("write pg_hba.conf"))
     }
 
     fn command(&self, program: &str) -> Command {
@@ -299,25 +400,50 @@ impl Postgres {
             command.arg(format!("LD_LIBRARY_PATH={}", library_path.display()));
         }
         // A PGDATA or PGPORT of the caller means another server.
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG")) {
+        for (name, _) in
+            std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG"))
+        {
             command.env_remove(name);
         }
-        command.arg(program).env("LC_ALL", "C").current_dir(self.directory.path()).process_group(0).stdin(Stdio::null());
+        command
+            .arg(program)
+            .env("LC_ALL", "C")
+            .current_dir(self.directory.path())
+            .process_group(0)
+            .stdin(Stdio::null());
         command
     }
 
-    fn pid_file_first_line(&self) -> Option<i32> {
-        read_lossy(&self.data.join("postmaster.pid")).lines().next()?.trim().parse().ok()
+    fn running_postmaster(&self) -> Option<Process> {
+        let process = Process::find(self.pid_file().lines().next()?.trim().parse().ok()?)?;
+        // A file that a crash left behind may name a stranger; ours sits in its data directory.
+        let sits_in = std::fs::read_link(format!("/proc/{}/cwd", process.pid)).ok()?;
+        (sits_in == self.data.canonicalize().ok()?).then_some(process)
     }
 
-    /// A killed postmaster leaves its System V segment behind, and only a next start on the same data would take it over.
-    fn remove_shared_memory(&self) {
+    fn pid_file(&self) -> String {
+        read_lossy(&self.data.join(PID_FILE))
+    }
+
+    /// Its lock files and its System V segment, which a next start would take over by itself, but for two things. The
+    /// first process of a container may leave a killed postmaster a zombie, to PostgreSQL's test of the lock file
+    /// (`kill(pid, 0)`) a zombie runs, and the start is refused. And without a next start the segment stays for good.
+    fn remove_what_a_kill_leaves(&self) {
         // Line 7 of the file is the segment's key and id.
-        let file = read_lossy(&self.data.join("postmaster.pid"));
-        let id = file.lines().nth(6).and_then(|line| line.split_whitespace().nth(1));
+        let file = self.pid_file();
+        let id = file
+            .lines()
+            .nth(6)
+            .and_then(|line| line.split_whitespace().nth(1));
         if let Some(id) = id.filter(|id| id.parse::<u32>().is_ok()) {
-            let _ = Command::new("ipcrm").args(["-m", id]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            let _ = Command::new("ipcrm")
+                .args(["-m", id])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
         }
+        let _ = std::fs::remove_file(self.data.join(PID_FILE));
+        let _ = std::fs::remove_file(self.socket.join(format!(".s.PGSQL.{}.lock", self.port)));
     }
 }
 
@@ -327,27 +453,44 @@ impl Drop for Postgres {
         if self.stop("immediate", STOP_WITHIN).is_err() {
             let _ = self.kill();
         }
-        self.remove_shared_memory();
     }
 }
 
 fn newest_bin() -> Result<PathBuf, Error> {
-    let versions = std::fs::read_dir(DEBIAN_VERSIONS).into_iter().flatten().flatten();
-    let numbered = versions.filter_map(|entry| Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry.path())));
-    let servers = numbered.map(|(version, path)| (version, path.join("bin"))).filter(|(_, bin)| bin.join("initdb").is_file());
-    servers.max().map(|(_, bin)| bin).ok_or_else(|| Error::Missing {
-        server: "PostgreSQL",
-        looked_for: format!("{DEBIAN_VERSIONS}/*/bin/initdb"),
-        remedy: REMEDY,
-    })
+    let versions = std::fs::read_dir(DEBIAN_VERSIONS)
+        .into_iter()
+        .flatten()
+        .flatten();
+    let numbered = versions.filter_map(|entry| {
+        Some((
+            entry.file_name().to_str()?.parse::<u32>().ok()?,
+            entry.path(),
+        ))
+    });
+    let servers = numbered
+        .map(|(version, path)| (version, path.join("bin")))
+        .filter(|(_, bin)| bin.join("initdb").is_file());
+    servers
+        .max()
+        .map(|(_, bin)| bin)
+        .ok_or_else(|| Error::Missing {
+            server: "PostgreSQL",
+            looked_for: format!("{DEBIAN_VERSIONS}/*/bin/initdb"),
+            remedy: REMEDY,
+        })
 }
 
 fn unprivileged_user() -> Result<Option<User>, Error> {
     if !geteuid().is_root() {
         return Ok(None);
     }
-    let user = User::from_name("postgres").map_err(|errno| Error::io("look up user postgres")(errno.into()))?;
-    let missing = || Error::Missing { server: "PostgreSQL", looked_for: "user postgres".to_owned(), remedy: REMEDY };
+    let user = User::from_name("postgres")
+        .map_err(|errno| Error::io("look up user postgres")(errno.into()))?;
+    let missing = || Error::Missing {
+        server: "PostgreSQL",
+        looked_for: "user postgres".to_owned(),
+        remedy: REMEDY,
+    };
     user.map(Some).ok_or_else(missing)
 }
 
@@ -372,14 +515,23 @@ fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
     let doing = || format!("copy {} to where user postgres can read it", from.display());
     for how in [["-a", "--link"].as_slice(), ["-a"].as_slice()] {
         std::fs::create_dir_all(to).map_err(Error::io(doing()))?;
-        let copied = Command::new("cp").args(how).arg("--").arg(from.join(".")).arg(to).stderr(Stdio::null()).status();
+        let copied = Command::new("cp")
+            .args(how)
+            .arg("--")
+            .arg(from.join("."))
+            .arg(to)
+            .stderr(Stdio::null())
+            .status();
         if copied.map_err(Error::io(doing()))?.success() {
             // The top is a directory of our own even when its files are links.
             return give(to, None, 0o755);
         }
         std::fs::remove_dir_all(to).map_err(Error::io(doing()))?;
     }
-    Err(Error::refused(doing(), "cp failed; is there room for 100 MB?"))
+    Err(Error::refused(
+        doing(),
+        "cp failed; is there room for 100 MB?",
+    ))
 }
 
 /// A value in `postgresql.conf`.
@@ -390,7 +542,9 @@ fn quoted(value: &str) -> String {
 /// Percent-encodes all but RFC 3986's unreserved characters.
 fn escaped(part: &str) -> String {
     let escape = |byte: u8| match byte {
-        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+            char::from(byte).to_string()
+        }
         _ => format!("%{byte:02X}"),
     };
     part.bytes().map(escape).collect()

@@ -34,7 +34,10 @@ impl Process {
     /// The process that has this id now.
     pub(super) fn find(pid: i32) -> Option<Self> {
         let status = status(pid)?;
-        (!status.zombie).then_some(Self { pid, started: status.started })
+        (!status.zombie).then_some(Self {
+            pid,
+            started: status.started,
+        })
     }
 
     pub(super) fn is_running(&self) -> bool {
@@ -73,8 +76,14 @@ impl Process {
         let mut found: Vec<Self> = Vec::new();
         let mut parents = vec![self.pid];
         while let Some(parent) = parents.pop() {
-            for (pid, status) in processes.iter().filter(|(_, status)| status.parent == parent && !status.zombie) {
-                found.push(Self { pid: *pid, started: status.started });
+            for (pid, status) in processes
+                .iter()
+                .filter(|(_, status)| status.parent == parent && !status.zombie)
+            {
+                found.push(Self {
+                    pid: *pid,
+                    started: status.started,
+                });
                 parents.push(*pid);
             }
         }
@@ -83,7 +92,9 @@ impl Process {
 }
 
 pub(super) fn gone_within(processes: &[Process], within: Duration) -> bool {
-    true_within(within, || processes.iter().all(|process| !process.is_running()))
+    true_within(within, || {
+        processes.iter().all(|process| !process.is_running())
+    })
 }
 
 /// Polls, because the servers' own announcements are files and sockets. Asks at least once, and once more at the end.
@@ -102,7 +113,9 @@ pub(super) fn true_within(within: Duration, mut is_so: impl FnMut() -> bool) -> 
 }
 
 fn all() -> Vec<(i32, Status)> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter_map(|pid| Some((pid, status(pid)?)))
@@ -139,16 +152,25 @@ mod tests {
     fn another_process_with_the_same_id_is_not_ours() {
         let own = Process::find(i32::try_from(std::process::id()).unwrap()).unwrap();
         assert!(own.is_running());
-        let stranger = Process { started: own.started + 1, ..own };
+        let stranger = Process {
+            started: own.started + 1,
+            ..own
+        };
         assert!(!stranger.is_running());
         stranger.signal(Signal::SIGKILL).unwrap();
     }
 
     #[test]
     fn a_kill_takes_the_descendants_too() {
-        let mut child = Command::new("sh").args(["-c", "sleep 600 & wait"]).spawn().unwrap();
+        let mut child = Command::new("sh")
+            .args(["-c", "sleep 600 & wait"])
+            .spawn()
+            .unwrap();
         let shell = Process::find(i32::try_from(child.id()).unwrap()).unwrap();
-        assert!(true_within(Duration::from_secs(10), || shell.descendants().len() == 1));
+        assert!(true_within(Duration::from_secs(10), || shell
+            .descendants()
+            .len()
+            == 1));
         let descendants = shell.descendants();
         assert!(shell.kill_with_descendants().unwrap());
         assert!(gone_within(&descendants, Duration::ZERO));

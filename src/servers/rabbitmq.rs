@@ -86,23 +86,34 @@ impl RabbitMq {
     /// # Errors
     /// `Late` when it still ran after a minute.
     pub fn stop(&mut self) -> Result<(), Error> {
-        let Some(process) = self.process() else { return self.reap() };
+        let Some(process) = self.process() else {
+            return self.reap();
+        };
         let doing = "stop RabbitMQ";
         process.signal(Signal::SIGTERM).map_err(Error::io(doing))?;
         // A frozen node would not hear it.
         process.signal(Signal::SIGCONT).map_err(Error::io(doing))?;
         if !gone_within(&[process], STOP_WITHIN) {
-            return Err(Error::Late { doing: doing.to_owned(), within: STOP_WITHIN, why: tail(&self.log()) });
+            return Err(Error::Late {
+                doing: doing.to_owned(),
+                within: STOP_WITHIN,
+                why: tail(&self.log()),
+            });
         }
         self.reap()
     }
 
     /// SIGKILL; returns when it and its helpers are gone.
     pub fn kill(&mut self) -> Result<(), Error> {
-        if let Some(process) = self.process() {
-            if !process.kill_with_descendants().map_err(Error::io("kill RabbitMQ"))? {
-                return Err(Error::refused("kill RabbitMQ", "a child of it does not go away"));
-            }
+        let killed = self
+            .process()
+            .map(|beam| beam.kill_with_descendants())
+            .transpose();
+        if killed.map_err(Error::io("kill RabbitMQ"))? == Some(false) {
+            return Err(Error::refused(
+                "kill RabbitMQ",
+                "a child of it does not go away",
+            ));
         }
         self.reap()
     }
@@ -110,15 +121,25 @@ impl RabbitMq {
     /// Starts it on the same data and ports, and returns when it answers on its AMQP port.
     pub fn start_again(&mut self) -> Result<(), Error> {
         if let Some(pid) = self.pid() {
-            return Err(Error::refused("start RabbitMQ", format!("it runs already, as process {pid}")));
+            return Err(Error::refused(
+                "start RabbitMQ",
+                format!("it runs already, as process {pid}"),
+            ));
         }
         self.reap()?;
         self.start_epmd()?;
         // A log of an earlier start says "started" as well.
         let _ = std::fs::rename(self.path("rabbit.log"), self.path("rabbit.log.before"));
-        let console = File::create(self.path("console.log")).map_err(Error::io("make RabbitMQ's console log"))?;
-        let errors = console.try_clone().map_err(Error::io("make RabbitMQ's console log"))?;
-        let beam = self.command(&Path::new(BIN).join("rabbitmq-server")).stdout(console).stderr(errors).spawn();
+        let console = File::create(self.path("console.log"))
+            .map_err(Error::io("make RabbitMQ's console log"))?;
+        let errors = console
+            .try_clone()
+            .map_err(Error::io("make RabbitMQ's console log"))?;
+        let beam = self
+            .command(&Path::new(BIN).join("rabbitmq-server"))
+            .stdout(console)
+            .stderr(errors)
+            .spawn();
         self.beam = Some(beam.map_err(Error::io("run rabbitmq-server"))?);
         if let Some(process) = self.process() {
             self.keeper.tell(process, "KILL")?;
@@ -139,43 +160,68 @@ impl RabbitMq {
     /// What `rabbitmqctl --quiet ARGS` against this node prints. It takes about a second: it is an Erlang machine too.
     pub fn ctl(&self, args: &[&str]) -> Result<String, Error> {
         let mut ctl = self.command(&Path::new(BIN).join("rabbitmqctl"));
-        let output = ctl.arg("--quiet").args(args).output().map_err(Error::io("run rabbitmqctl"))?;
+        let output = ctl
+            .arg("--quiet")
+            .args(args)
+            .output()
+            .map_err(Error::io("run rabbitmqctl"))?;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() {
             return Ok(printed);
         }
         let why = printed + &String::from_utf8_lossy(&output.stderr);
-        Err(Error::refused(format!("run rabbitmqctl {}", args.join(" ")), why.trim()))
+        Err(Error::refused(
+            format!("run rabbitmqctl {}", args.join(" ")),
+            why.trim(),
+        ))
     }
 
     fn prepare() -> Result<Self, Error> {
         let script = Path::new(BIN).join("rabbitmq-server");
         if !script.is_file() {
             let looked_for = script.display().to_string();
-            return Err(Error::Missing { server: "RabbitMQ", looked_for, remedy: REMEDY });
+            return Err(Error::Missing {
+                server: "RabbitMQ",
+                looked_for,
+                remedy: REMEDY,
+            });
         }
         // Mode 0700, as it comes: the Erlang cookie lives in it.
-        let directory = tempfile::Builder::new().prefix("pgoutbox-rabbitmq-").tempdir();
+        let directory = tempfile::Builder::new()
+            .prefix("pgoutbox-rabbitmq-")
+            .tempdir();
         let directory = directory.map_err(Error::io("make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
         let [port, distribution_port, epmd_port] = free_ports()?;
         let node = format!("pgoutbox-{port}@localhost");
-        let server = Self { node, port, distribution_port, epmd_port, epmd: None, beam: None, directory, keeper };
+        let server = Self {
+            node,
+            port,
+            distribution_port,
+            epmd_port,
+            epmd: None,
+            beam: None,
+            directory,
+            keeper,
+        };
         server.write("enabled_plugins", "[].\n")?;
         server.write("rabbitmq.conf", CONFIGURATION)?;
         Ok(server)
     }
 
     fn start_epmd(&mut self) -> Result<(), Error> {
-        if let Some(epmd) = &mut self.epmd {
-            if matches!(epmd.try_wait(), Ok(None)) {
-                return Ok(());
-            }
+        if self.epmd.as_ref().and_then(process_of).is_some() {
+            return Ok(());
         }
         let port = self.epmd_port.to_string();
         let mut epmd = self.command(Path::new("epmd"));
-        epmd.args(["-port", &port, "-address", "127.0.0.1"]).stdout(Stdio::null()).stderr(Stdio::null());
-        let epmd = self.epmd.insert(epmd.spawn().map_err(Error::io("run epmd, which comes with Erlang"))?);
+        epmd.args(["-port", &port, "-address", "127.0.0.1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let epmd = self.epmd.insert(
+            epmd.spawn()
+                .map_err(Error::io("run epmd, which comes with Erlang"))?,
+        );
         if let Some(process) = process_of(epmd) {
             self.keeper.tell(process, "KILL")?;
         }
@@ -184,7 +230,10 @@ impl RabbitMq {
         if true_within(START_WITHIN, listens) {
             return Ok(());
         }
-        Err(Error::refused("start RabbitMQ", "epmd, its port mapper, does not listen"))
+        Err(Error::refused(
+            "start RabbitMQ",
+            "epmd, its port mapper, does not listen",
+        ))
     }
 
     fn wait_until_it_answers(&mut self) -> Result<(), Error> {
@@ -202,14 +251,23 @@ impl RabbitMq {
         match (in_time, ended) {
             (true, false) => Ok(()),
             (true, true) => Err(Error::refused(doing, tail(&self.log()))),
-            (false, _) => Err(Error::Late { doing, within: START_WITHIN, why: tail(&self.log()) }),
+            (false, _) => Err(Error::Late {
+                doing,
+                within: START_WITHIN,
+                why: tail(&self.log()),
+            }),
         }
     }
 
     /// With nothing of the caller's environment but PATH: a RABBITMQ_ or ERL_ variable of theirs means another node.
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command.env_clear().env("PATH", std::env::var_os("PATH").as_deref().unwrap_or(OsStr::new("/usr/sbin:/usr/bin:/bin")));
+        command.env_clear().env(
+            "PATH",
+            std::env::var_os("PATH")
+                .as_deref()
+                .unwrap_or(OsStr::new("/usr/sbin:/usr/bin:/bin")),
+        );
         command.envs([
             ("LANG", "C.UTF-8"),
             // The script then becomes Erlang by exec, instead of waiting for it as a child.
@@ -217,8 +275,14 @@ impl RabbitMq {
             ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1"),
             ("ERL_EPMD_ADDRESS", "127.0.0.1"),
             // Two schedulers are plenty for tests and start faster than one per core.
-            ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"),
-            ("RABBITMQ_CTL_ERL_ARGS", "+S 1:1 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"),
+            (
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            ),
+            (
+                "RABBITMQ_CTL_ERL_ARGS",
+                "+S 1:1 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            ),
         ]);
         command.env("RABBITMQ_NODENAME", &self.node);
         command.env("RABBITMQ_NODE_PORT", self.port.to_string());
@@ -227,12 +291,17 @@ impl RabbitMq {
         for (variable, file) in FILES {
             command.env(variable, self.path(file));
         }
-        command.current_dir(self.directory.path()).process_group(0).stdin(Stdio::null());
+        command
+            .current_dir(self.directory.path())
+            .process_group(0)
+            .stdin(Stdio::null());
         command
     }
 
     fn signal(&self, signal: Signal, doing: &str) -> Result<(), Error> {
-        let Some(process) = self.process() else { return Err(Error::refused(doing, "it does not run")) };
+        let Some(process) = self.process() else {
+            return Err(Error::refused(doing, "it does not run"));
+        };
         process.signal(signal).map_err(Error::io(doing))
     }
 
@@ -241,8 +310,12 @@ impl RabbitMq {
     }
 
     fn reap(&mut self) -> Result<(), Error> {
-        let Some(mut beam) = self.beam.take() else { return Ok(()) };
-        beam.wait().map(|_| ()).map_err(Error::io("wait for RabbitMQ to end"))
+        let Some(mut beam) = self.beam.take() else {
+            return Ok(());
+        };
+        beam.wait()
+            .map(|_| ())
+            .map_err(Error::io("wait for RabbitMQ to end"))
     }
 
     fn path(&self, file: &str) -> PathBuf {
