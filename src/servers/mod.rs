@@ -8,6 +8,7 @@
 //! connects the socket to itself (a simultaneous open, RFC 9293 section 3.5): the client reads its own bytes back, and the
 //! server cannot come back because its port is taken. So ports are picked below the ephemeral range.
 
+mod installation;
 mod keeper;
 mod postgres;
 mod process;

@@ -1,27 +1,21 @@
 //! A private PostgreSQL.
 //!
-//! The trap: PostgreSQL refuses to run as root, so root runs it as user `postgres`, and that user can enter neither
-//! root's home nor most checkouts. The data lives under the temporary directory, every command starts there, and a server
-//! unpacked where `postgres` cannot go is linked or copied next to its data.
+//! The trap: what a killed server leaves behind. Its lock files name a process id, its System V segment outlives its data,
+//! and where the first process of a container reaps nobody, the next start on the same data is refused.
 
-use std::fs::{OpenOptions, Permissions};
+use std::fs::OpenOptions;
 use std::io::Write;
-use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use nix::unistd::{User, geteuid};
 use tempfile::TempDir;
 
+use super::installation::Installation;
 use super::keeper::Keeper;
 use super::process::{Process, gone_within, true_within};
 use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
-
-const DEBIAN_VERSIONS: &str = "/usr/lib/postgresql";
-const REMEDY: &str = "run `apt-get install postgresql`";
 
 /// Recovery after a kill included; generous, because the machine may be building something else.
 const START_WITHIN: Duration = Duration::from_secs(60);
@@ -51,10 +45,7 @@ host  replication all 127.0.0.1/32 trust
 /// A private PostgreSQL; dropping it stops it and removes its data.
 #[derive(Debug)]
 pub struct Postgres {
-    bin: PathBuf,
-    library_path: Option<PathBuf>,
-    /// Whom to run as: only root has to become someone else.
-    user: Option<User>,
+    installation: Installation,
     port: u16,
     postmaster: Option<Process>,
     data: PathBuf,
@@ -69,7 +60,7 @@ impl Postgres {
     /// Starts the newest version under `/usr/lib/postgresql`, where Debian puts them. `settings` override the defaults:
     /// `wal_level=logical`, 20 slots and walsenders, `wal_sender_timeout=10s`.
     pub fn start(settings: &[(&str, &str)]) -> Result<Self, Error> {
-        Self::start_from(&newest_bin()?, settings)
+        Self::start_from(&Installation::newest_bin()?, settings)
     }
 
     /// Starts the server whose `initdb`, `pg_ctl` and `postgres` are in `bin`, with the libraries of `bin/../lib` if
@@ -185,7 +176,7 @@ impl Postgres {
             ));
         }
         let seconds = START_WITHIN.as_secs().to_string();
-        let mut start = self.command("pg_ctl");
+        let mut start = self.installation.command("pg_ctl", self.directory.path());
         start
             .arg("start")
             .arg("-D")
@@ -277,36 +268,21 @@ impl Postgres {
     }
 
     fn prepare(bin: &Path) -> Result<Self, Error> {
-        if !bin.join("initdb").is_file() {
-            let looked_for = bin.join("initdb").display().to_string();
-            return Err(Error::Missing {
-                server: "PostgreSQL",
-                looked_for,
-                remedy: REMEDY,
-            });
-        }
-        let user = unprivileged_user()?;
+        let mut installation = Installation::of(bin)?;
         let directory = tempfile::Builder::new()
             .prefix("pgoutbox-postgres-")
             .tempdir();
         let directory = directory.map_err(Error::io("make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
         let path = directory.path();
-        give(path, user.as_ref(), 0o755)?;
+        installation.move_into(path)?;
         for (name, mode) in [("data", 0o700), ("socket", 0o755)] {
-            std::fs::create_dir(path.join(name))
-                .map_err(Error::io("make a directory for PostgreSQL"))?;
-            give(&path.join(name), user.as_ref(), mode)?;
+            std::fs::create_dir(path.join(name)).map_err(Error::io(format!("make {name}")))?;
+            installation.give(&path.join(name), mode)?;
         }
         let [port] = free_ports()?;
-        // Its commands run in another directory.
-        let bin = bin
-            .canonicalize()
-            .map_err(Error::io(format!("find {}", bin.display())))?;
-        let mut server = Self {
-            bin,
-            library_path: None,
-            user,
+        Ok(Self {
+            installation,
             port,
             postmaster: None,
             data: path.join("data"),
@@ -314,46 +290,11 @@ impl Postgres {
             log: path.join("postgres.log"),
             directory,
             keeper,
-        };
-        server.bring_within_reach()?;
-        Ok(server)
-    }
-
-    /// Sees to it that the user who runs the server can read it.
-    fn bring_within_reach(&mut self) -> Result<(), Error> {
-        if !self.user_may("-w", self.directory.path())? {
-            let why = "user postgres cannot enter it; set TMPDIR to a directory everyone can enter, such as /tmp";
-            return Err(Error::refused(
-                format!("use {}", self.directory.path().display()),
-                why,
-            ));
-        }
-        if !self.user_may("-x", &self.bin.join("initdb"))? {
-            let tree = self.bin.parent().unwrap_or(Path::new("/"));
-            let copy = self.directory.path().join("server");
-            copy_tree(tree, &copy)?;
-            self.bin = copy.join(self.bin.file_name().unwrap_or_default());
-        }
-        // Debian's own layout has a lib there too, with nothing in it that the loader would look for.
-        self.library_path = self
-            .bin
-            .parent()
-            .map(|tree| tree.join("lib"))
-            .filter(|lib| lib.is_dir());
-        Ok(())
-    }
-
-    fn user_may(&self, right: &str, path: &Path) -> Result<bool, Error> {
-        let Some(user) = &self.user else {
-            return Ok(true);
-        };
-        let mut test = as_user(user, "test");
-        let answer = test.arg(right).arg(path).current_dir("/").status();
-        Ok(answer.map_err(Error::io("run runuser"))?.success())
+        })
     }
 
     fn initialise(&self, settings: &[(&str, &str)]) -> Result<(), Error> {
-        let mut initdb = self.command("initdb");
+        let mut initdb = self.installation.command("initdb", self.directory.path());
         initdb.arg("-D").arg(&self.data);
         initdb.args([
             "-U",
@@ -387,31 +328,6 @@ impl Postgres {
         }
         std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST)
             .map_err(Error::io("write pg_hba.conf"))
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let program = self.bin.join(program);
-        let mut command = match &self.user {
-            Some(user) => as_user(user, "env"),
-            None => Command::new("env"),
-        };
-        // Through env(1), so that these libraries are not given to runuser itself.
-        if let Some(library_path) = &self.library_path {
-            command.arg(format!("LD_LIBRARY_PATH={}", library_path.display()));
-        }
-        // A PGDATA or PGPORT of the caller means another server.
-        for (name, _) in
-            std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG"))
-        {
-            command.env_remove(name);
-        }
-        command
-            .arg(program)
-            .env("LC_ALL", "C")
-            .current_dir(self.directory.path())
-            .process_group(0)
-            .stdin(Stdio::null());
-        command
     }
 
     fn running_postmaster(&self) -> Option<Process> {
@@ -454,84 +370,6 @@ impl Drop for Postgres {
             let _ = self.kill();
         }
     }
-}
-
-fn newest_bin() -> Result<PathBuf, Error> {
-    let versions = std::fs::read_dir(DEBIAN_VERSIONS)
-        .into_iter()
-        .flatten()
-        .flatten();
-    let numbered = versions.filter_map(|entry| {
-        Some((
-            entry.file_name().to_str()?.parse::<u32>().ok()?,
-            entry.path(),
-        ))
-    });
-    let servers = numbered
-        .map(|(version, path)| (version, path.join("bin")))
-        .filter(|(_, bin)| bin.join("initdb").is_file());
-    servers
-        .max()
-        .map(|(_, bin)| bin)
-        .ok_or_else(|| Error::Missing {
-            server: "PostgreSQL",
-            looked_for: format!("{DEBIAN_VERSIONS}/*/bin/initdb"),
-            remedy: REMEDY,
-        })
-}
-
-fn unprivileged_user() -> Result<Option<User>, Error> {
-    if !geteuid().is_root() {
-        return Ok(None);
-    }
-    let user = User::from_name("postgres")
-        .map_err(|errno| Error::io("look up user postgres")(errno.into()))?;
-    let missing = || Error::Missing {
-        server: "PostgreSQL",
-        looked_for: "user postgres".to_owned(),
-        remedy: REMEDY,
-    };
-    user.map(Some).ok_or_else(missing)
-}
-
-fn as_user(user: &User, program: &str) -> Command {
-    let mut command = Command::new("runuser");
-    command.args(["-u", &user.name, "--", program]);
-    command
-}
-
-fn give(path: &Path, user: Option<&User>, mode: u32) -> Result<(), Error> {
-    let doing = || Error::io(format!("give {} to user postgres", path.display()));
-    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(doing())?;
-    if let Some(user) = user {
-        chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw())).map_err(doing())?;
-    }
-    Ok(())
-}
-
-/// Hard links where the file system is the same (nothing is copied, and a link needs no way through the old directory),
-/// else a copy.
-fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
-    let doing = || format!("copy {} to where user postgres can read it", from.display());
-    for how in [["-a", "--link"].as_slice(), ["-a"].as_slice()] {
-        std::fs::create_dir_all(to).map_err(Error::io(doing()))?;
-        let copied = Command::new("cp")
-            .args(how)
-            .arg("--")
-            .arg(from.join("."))
-            .arg(to)
-            .stderr(Stdio::null())
-            .status();
-        if copied.map_err(Error::io(doing()))?.success() {
-            // The top is a directory of our own even when its files are links.
-            return give(to, None, 0o755);
-        }
-        std::fs::remove_dir_all(to).map_err(Error::io(doing()))?;
-    }
-    Err(Error::refused(
-        doing(),
-        "cp failed; is there room for 100 MB?",
-    ))
 }
 
 /// A value in `postgresql.conf`.
