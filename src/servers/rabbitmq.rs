@@ -76,7 +76,7 @@ impl RabbitMq {
         self.process().map(|process| process.pid)
     }
 
-    /// All the node has logged, and what it wrote to its console before it had a log.
+    /// All the node has logged since it last started, and what it wrote to its console before it had a log.
     pub fn log(&self) -> String {
         read_lossy(&self.path("console.log")) + &read_lossy(&self.path("rabbit.log"))
     }
@@ -274,7 +274,7 @@ impl RabbitMq {
             ("RUNNING_UNDER_SYSTEMD", "true"),
             ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1"),
             ("ERL_EPMD_ADDRESS", "127.0.0.1"),
-            // Two schedulers are plenty for tests and start faster than one per core.
+            // Several nodes run side by side in tests; one scheduler per core would make each as wide as the machine.
             (
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",

@@ -4,7 +4,7 @@
 //! directory and environment, and the System V segments) for the directory of the server that was dropped.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -313,6 +313,26 @@ fn postgres_18_runs_from_where_its_user_cannot_go() {
         closed.path().join("native/bin/postgres").is_file(),
         "the original stays"
     );
+}
+
+#[test]
+fn a_taken_port_is_told_by_the_words_that_make_a_first_start_pick_another() {
+    let mut postgres = Postgres::start(&[]).unwrap();
+    postgres.stop("fast", WITHIN).unwrap();
+    let taken = TcpListener::bind(("127.0.0.1", postgres.port())).unwrap();
+    let error = postgres.start_again().unwrap_err().to_string();
+    assert!(error.contains("Address already in use"), "{error}");
+    drop(taken);
+    postgres.start_again().unwrap();
+
+    let mut rabbitmq = RabbitMq::start().unwrap();
+    rabbitmq.stop().unwrap();
+    let taken = TcpListener::bind(("127.0.0.1", rabbitmq.port())).unwrap();
+    let error = rabbitmq.start_again().unwrap_err().to_string();
+    assert!(rabbitmq.log().contains("eaddrinuse"), "{error}");
+    assert_eq!(rabbitmq.pid(), None);
+    drop(taken);
+    rabbitmq.start_again().unwrap();
 }
 
 #[test]
