@@ -68,7 +68,9 @@ impl Postgres {
     pub fn start_from(bin: &Path, settings: &[(&str, &str)]) -> Result<Self, Error> {
         let mut server = Self::prepare(bin)?;
         server.initialise(settings)?;
-        for attempt in 1.. {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
             match server.start_again() {
                 Err(_)
                     if attempt < START_ATTEMPTS_MAX
@@ -82,7 +84,6 @@ impl Postgres {
                 result => return result.map(|()| server),
             }
         }
-        unreachable!("the loop above ends by returning")
     }
 
     /// `postgres://postgres@127.0.0.1:PORT/postgres`, a superuser.

@@ -51,14 +51,15 @@ pub struct RabbitMq {
 impl RabbitMq {
     /// Starts a node and returns when it answers on its AMQP port.
     pub fn start() -> Result<Self, Error> {
-        for attempt in 1.. {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
             let mut server = Self::prepare()?;
             match server.start_again() {
                 Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
                 result => return result.map(|()| server),
             }
         }
-        unreachable!("the loop above ends by returning")
     }
 
     /// `amqp://guest:guest@127.0.0.1:PORT/%2f`.
