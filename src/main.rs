@@ -1,2 +1,5 @@
 //! Parse, run, exit code; nothing else.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    pgoutbox::cli::main(std::env::args_os()).into()
+}

@@ -107,6 +107,15 @@ impl Replication {
         parse_duration(&text).ok_or_else(wrong)
     }
 
+    /// Makes a slot that goes with this connection.
+    ///
+    /// # Errors
+    /// `Server`, when there is no room for one.
+    pub async fn create_temporary_slot(&mut self, name: &str) -> Result<(), Error> {
+        let command = format!("CREATE_REPLICATION_SLOT \"{name}\" TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT");
+        self.connection.query(&command).await.map(|_| ())
+    }
+
     /// Begins to stream. The server starts at the later of `from` and the slot's own position; `from` must never lie
     /// beyond what was settled on this very system and timeline, since the server skips up to it without a word.
     ///

@@ -1,0 +1,155 @@
+//! The verbs, one file each, and the road from arguments to an exit code.
+
+mod check;
+mod drop;
+mod init;
+mod run;
+mod status;
+mod tail;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, Needs, Sources};
+use crate::error::{Error, ExitCode};
+use crate::relay::explain;
+
+/// The transactional outbox for Postgres, straight from the write-ahead log to RabbitMQ.
+#[derive(Debug, Parser)]
+#[command(name = "pgoutbox", version, about, after_help = AFTER_HELP)]
+struct Arguments {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const AFTER_HELP: &str = "\
+Settings come from flags, then PGOUTBOX__SECTION__KEY, then the file, then defaults; DATABASE_URL and AMQP_URL are \
+understood. `pgoutbox run --print-config` shows them all.
+
+Exit codes: 0 stopped cleanly, 64 usage or configuration, 65 a row that cannot be delivered, 69 a peer unreachable for too \
+long, 70 a bug in pgoutbox, 78 the world is set up wrong.";
+
+/// For every verb.
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// TOML file with settings
+    #[arg(short, long, global = true, env = "PGOUTBOX_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting, such as rabbitmq.exchange=events; may be repeated
+    #[arg(short, long = "set", global = true, value_name = "KEY=VALUE", value_parser = key_value)]
+    settings: Vec<(String, String)>,
+    /// How logs look
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// error, warn, info, debug or trace; RUST_LOG is understood as well
+    #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
+    log_level: tracing::Level,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Create what is missing: table, publication, slot
+    Init(init::Arguments),
+    /// Look at every precondition of both peers; change nothing
+    Check(check::Arguments),
+    /// Run the relay
+    Run(run::Arguments),
+    /// Show slot, lag and who holds it
+    Status(status::Arguments),
+    /// Print messages as they commit, through a temporary slot
+    Tail,
+    /// Remove slot and publication
+    Drop(drop::Arguments),
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').map(|(key, value)| (key.trim().to_owned(), value.to_owned()));
+    pair.ok_or_else(|| "KEY=VALUE is needed".to_owned())
+}
+
+/// Parses, runs and says how it ended.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // clap writes help and version to stdout, faults to stderr.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::Usage } else { ExitCode::Stopped };
+        }
+    };
+    exit_70_on_panic();
+    start_logs(&arguments.common);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(source) => return report(&Error::System { doing: "cannot start threads".to_owned(), source }),
+    };
+    match runtime.block_on(dispatch(&arguments)) {
+        Ok(()) => ExitCode::Stopped,
+        Err(error) => report(&error),
+    }
+}
+
+async fn dispatch(arguments: &Arguments) -> Result<(), Error> {
+    let common = &arguments.common;
+    match &arguments.verb {
+        Verb::Init(arguments) => init::run(arguments, &load(common, &[], Needs::Postgres)?).await,
+        Verb::Check(arguments) => check::run(arguments, &load(common, &[], Needs::Both)?).await,
+        Verb::Run(arguments) => run::run(arguments, load(common, &arguments.flags(), Needs::Both)?).await,
+        Verb::Status(arguments) => status::run(arguments, &load(common, &[], Needs::Postgres)?).await,
+        Verb::Tail => tail::run(&load(common, &[], Needs::Postgres)?).await,
+        Verb::Drop(arguments) => drop::run(arguments, &load(common, &[], Needs::Postgres)?).await,
+    }
+}
+
+fn load(common: &Common, flags: &[(String, String)], needs: Needs) -> Result<Config, Error> {
+    // A variable that is not UTF-8 cannot be one of ours.
+    let environment =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let mut settings = common.settings.clone();
+    settings.extend(flags.iter().cloned());
+    let sources = Sources { flags: settings, environment: environment.collect(), file: common.config.as_deref() };
+    Config::load(&sources, needs).map_err(Error::Config)
+}
+
+fn report(error: &Error) -> ExitCode {
+    let code = error.exit_code();
+    if matches!(error, Error::Config(_) | Error::Found(_)) {
+        eprintln!("pgoutbox: {error}");
+    } else {
+        tracing::error!(exit_code = code as u8, "{}", explain(error));
+    }
+    code
+}
+
+fn start_logs(common: &Common) {
+    let level = std::env::var("RUST_LOG").unwrap_or_else(|_| common.log_level.to_string());
+    // lapin logs returned messages with their bodies; what matters of it is in our own errors.
+    let filter = EnvFilter::try_new(format!("{level},lapin=off")).unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match common.log_format {
+        LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => logs.json().flatten_event(true).init(),
+    }
+}
+
+/// A panic is a bug, and has its own exit code; the message goes to stderr as usual.
+fn exit_70_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        eprintln!("pgoutbox: this is a bug in pgoutbox; nothing is lost, the slot stands where it was");
+        std::process::exit(ExitCode::Bug as i32);
+    }));
+}

@@ -1,0 +1,115 @@
+//! `pgoutbox run`: the daemon.
+
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::config::{Config, SinkSettings};
+use crate::error::Error;
+use crate::http;
+use crate::metrics::Metrics;
+use crate::relay::{self, Broker};
+use crate::sink::{self, AnySink, RabbitMq, Stdout};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Print the settings, with secrets as ***, and exit
+    #[arg(long)]
+    print_config: bool,
+    /// `rabbitmq` or `stdout`
+    #[arg(long)]
+    sink: Option<String>,
+    /// How long a stop may wait for confirms, such as 25s
+    #[arg(long, value_name = "DURATION")]
+    drain_timeout: Option<String>,
+    /// How long a peer may stay away before exit 69, such as 10min; never by default
+    #[arg(long, value_name = "DURATION")]
+    give_up_after: Option<String>,
+}
+
+impl Arguments {
+    pub(super) fn flags(&self) -> Vec<(String, String)> {
+        let flags = [
+            ("sink", &self.sink),
+            ("run.drain_timeout", &self.drain_timeout),
+            ("run.give_up_after", &self.give_up_after),
+        ];
+        flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?))).collect()
+    }
+}
+
+/// Opens sessions with the configured broker.
+pub(super) struct Configured {
+    pub(super) sink: SinkSettings,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+impl Broker for Configured {
+    type Sink = AnySink;
+
+    async fn open(&mut self) -> Result<AnySink, sink::Error> {
+        Ok(match &self.sink {
+            SinkSettings::RabbitMq(settings) => {
+                AnySink::RabbitMq(RabbitMq::open(settings, self.metrics.clone()).await?)
+            }
+            SinkSettings::Stdout => AnySink::Stdout(Stdout::open()),
+        })
+    }
+}
+
+pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Error> {
+    if arguments.print_config {
+        print!("{}", config.printed());
+        return Ok(());
+    }
+    let metrics = Arc::new(Metrics::new());
+    let stop = stop_on_signal()?;
+    serve(&config, &metrics, stop.clone()).await?;
+    let Some(sink) = config.sink else {
+        return Err(Error::Config(vec!["sink: none is configured".to_owned()]));
+    };
+    let broker = Configured { sink, metrics: metrics.clone() };
+    let database = relay::postgres::Postgres {
+        settings: config.postgres,
+        names: config.names,
+        mapping: config.mapping.clone(),
+        metrics: metrics.clone(),
+    };
+    relay::run(database, broker, &config.mapping, &config.relay, &metrics, stop).await?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn serve(config: &Config, metrics: &Arc<Metrics>, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
+    let Some(address) = config.http else { return Ok(()) };
+    let listener = http::listen(address).await.map_err(|source| Error::System {
+        doing: format!("cannot listen on http.listen = {address} (set another, or none with an empty text)"),
+        source,
+    })?;
+    tracing::info!(%address, "probes and metrics");
+    let stopped = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    tokio::spawn(http::serve(listener, metrics.clone(), stopped));
+    Ok(())
+}
+
+/// True once SIGTERM or SIGINT came.
+fn stop_on_signal() -> Result<watch::Receiver<bool>, Error> {
+    let listen =
+        |kind| signal(kind).map_err(|source| Error::System { doing: "cannot listen for signals".to_owned(), source });
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let (sender, receiver) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: settling what is in flight");
+        sender.send_replace(true);
+        // Kept: a receiver must never see the sender go.
+        std::future::pending::<()>().await;
+    });
+    Ok(receiver)
+}

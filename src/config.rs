@@ -1,0 +1,578 @@
+//! Flags, environment and file become settings, with all faults told at once and no network touched.
+//!
+//! Every key stands once, in [`KEYS`]. The trap: a misspelt key that is ignored is a default that nobody chose, so unknown
+//! keys are faults, wherever they come from. No message repeats a value of a secret key.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::outbox::{ColumnNames, Mapping, Template};
+use crate::pg;
+use crate::pg::catalog::Names;
+use crate::relay;
+use crate::sink::rabbitmq;
+
+/// One setting.
+#[derive(Debug)]
+pub struct Key {
+    /// `section.key` in the file, `PGOUTBOX__SECTION__KEY` in the environment.
+    pub name: &'static str,
+    /// Used when nothing else says.
+    pub default: &'static str,
+    /// Printed as `***`, and can come from a file.
+    pub is_secret: bool,
+    /// For people.
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, default: &'static str, help: &'static str) -> Key {
+    Key { name, default, is_secret: false, help }
+}
+
+const fn secret(name: &'static str, help: &'static str) -> Key {
+    Key { name, default: "", is_secret: true, help }
+}
+
+/// Every setting there is.
+pub const KEYS: [Key; 24] = [
+    secret("postgres.url", "libpq URL or key/value string; else DATABASE_URL, else libpq's defaults and PG* variables"),
+    key("postgres.slot", "pgoutbox", "the logical replication slot"),
+    key("postgres.publication", "pgoutbox", "the publication"),
+    key("outbox.table", "public.outbox", "the outbox table"),
+    key("outbox.columns.id", "", "else `id`"),
+    key("outbox.columns.aggregatetype", "", "else `aggregatetype` or `aggregate_type`"),
+    key("outbox.columns.aggregateid", "", "else `aggregateid` or `aggregate_id`"),
+    key("outbox.columns.type", "", "else `type` or `event_type`"),
+    key("outbox.columns.payload", "", "else `payload`"),
+    key("outbox.columns.headers", "", "else `headers`, which may be missing"),
+    key("outbox.columns.traceparent", "", "else `traceparent`, which may be missing"),
+    key("outbox.columns.tracestate", "", "else `tracestate`, which may be missing"),
+    key("sink", "rabbitmq", "`rabbitmq` or `stdout`"),
+    secret("rabbitmq.url", "amqp:// or amqps:// URL, several with commas between; else AMQP_URL"),
+    key("rabbitmq.exchange", "outbox", "the exchange"),
+    key("rabbitmq.declare", "true", "declare it as a durable topic exchange; `false`: only look that it exists"),
+    key("rabbitmq.routing_key", "{aggregatetype}.{type}", "a template over the row's columns"),
+    key("rabbitmq.window_messages", "1000", "messages published and not confirmed, at most"),
+    key("rabbitmq.window_bytes", "8MiB", "their bytes, at most; a larger message goes alone"),
+    key("rabbitmq.message_bytes_max", "16MiB", "the broker's max_message_size; a larger body stops the relay"),
+    key("rabbitmq.confirm_timeout", "30s", "how long the broker may hold back a confirm"),
+    key("http.listen", "127.0.0.1:9190", "probes and metrics; empty: off"),
+    key("run.drain_timeout", "25s", "how long a stop may wait for confirms"),
+    key("run.give_up_after", "never", "how long a peer may stay away before exit 69"),
+];
+
+/// What a message is given to.
+#[derive(Clone, Debug)]
+pub enum SinkSettings {
+    /// RabbitMQ.
+    RabbitMq(rabbitmq::Settings),
+    /// Standard output.
+    Stdout,
+}
+
+/// Settings, proven to be possible.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where Postgres is.
+    pub postgres: pg::Settings,
+    /// What the relay depends on there.
+    pub names: Names,
+    /// How rows become messages.
+    pub mapping: Mapping,
+    /// Where they go; none when the verb needs no broker and none is named.
+    pub sink: Option<SinkSettings>,
+    /// The relay's limits.
+    pub relay: relay::Settings,
+    /// Where to listen.
+    pub http: Option<SocketAddr>,
+    printed: String,
+}
+
+/// What a verb needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Postgres and a broker.
+    Both,
+    /// Postgres.
+    Postgres,
+}
+
+/// Everything that settings can come from.
+#[derive(Debug, Default)]
+pub struct Sources<'a> {
+    /// `section.key=value`, from flags.
+    pub flags: Vec<(String, String)>,
+    /// The environment.
+    pub environment: BTreeMap<String, String>,
+    /// The file.
+    pub file: Option<&'a Path>,
+}
+
+impl Config {
+    /// Reads all sources.
+    ///
+    /// # Errors
+    /// Every fault, each with the key's full name.
+    pub fn load(sources: &Sources<'_>, needs: Needs) -> Result<Self, Vec<String>> {
+        let mut raw = Raw { values: BTreeMap::new(), faults: Vec::new(), environment: &sources.environment };
+        raw.read_file(sources.file);
+        raw.read_environment();
+        for (name, value) in &sources.flags {
+            raw.set(name, value.clone(), "flag");
+        }
+        raw.check(needs)
+    }
+
+    /// The result, with secrets as `***`, as TOML.
+    pub fn printed(&self) -> &str {
+        &self.printed
+    }
+}
+
+/// Values by key, before they are understood, and what is wrong with them.
+struct Raw<'a> {
+    values: BTreeMap<&'static str, String>,
+    faults: Vec<String>,
+    environment: &'a BTreeMap<String, String>,
+}
+
+impl Raw<'_> {
+    fn read_file(&mut self, path: Option<&Path>) {
+        let Some(path) = path else { return };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) => return self.fault(format!("file {}: {error}", path.display())),
+        };
+        match text.parse::<toml::Table>() {
+            Ok(table) => self.read_table("", &table),
+            // toml's own message would show the line, which may hold a secret.
+            Err(error) => {
+                let line =
+                    error.span().map_or(0, |span| text.get(..span.start).map_or(0, |t| t.lines().count().max(1)));
+                self.fault(format!("file {}, line {line}: {}", path.display(), error.message()));
+            }
+        }
+    }
+
+    fn read_table(&mut self, section: &str, table: &toml::Table) {
+        for (name, value) in table {
+            let name = if section.is_empty() { name.clone() } else { format!("{section}.{name}") };
+            let text = match value {
+                toml::Value::Table(table) => {
+                    self.read_table(&name, table);
+                    continue;
+                }
+                toml::Value::String(text) => self.interpolate(&name, text),
+                toml::Value::Integer(number) => number.to_string(),
+                toml::Value::Boolean(value) => value.to_string(),
+                _ => {
+                    self.fault(format!("{name}: a text, a whole number or true/false is needed"));
+                    continue;
+                }
+            };
+            self.set(&name, text, "file");
+        }
+    }
+
+    /// Replaces `${VAR}`.
+    fn interpolate(&mut self, name: &str, text: &str) -> String {
+        let mut result = String::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once("${") {
+            let Some((variable, tail)) = after.split_once('}') else {
+                self.fault(format!("{name}: `${{` without `}}`"));
+                return result;
+            };
+            result.push_str(before);
+            match self.environment.get(variable) {
+                Some(value) => result.push_str(value),
+                None => self.fault(format!("{name}: environment variable {variable} is not set")),
+            }
+            rest = tail;
+        }
+        result.push_str(rest);
+        result
+    }
+
+    fn read_environment(&mut self) {
+        const PREFIX: &str = "PGOUTBOX__";
+        for (variable, value) in self.environment {
+            if let Some(name) = variable.strip_prefix(PREFIX) {
+                let name = name.to_ascii_lowercase().replace("__", ".");
+                self.set(&name, value.clone(), variable);
+            }
+        }
+    }
+
+    fn set(&mut self, name: &str, value: String, origin: &str) {
+        if let Some(key) = KEYS.iter().find(|key| key.name == name) {
+            self.values.insert(key.name, value);
+            return;
+        }
+        let file_of = name.strip_suffix("_file").and_then(|base| KEYS.iter().find(|key| key.name == base));
+        match file_of.filter(|key| key.is_secret) {
+            Some(key) => match std::fs::read_to_string(&value) {
+                Ok(secret) => {
+                    self.values.insert(key.name, secret.trim_end().to_owned());
+                }
+                Err(error) => self.fault(format!("{name}: {value}: {error}")),
+            },
+            None => {
+                let near = KEYS.iter().map(|key| key.name).min_by_key(|key| distance(key, name));
+                let hint = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
+                self.fault(format!("{name}: unknown key (from {origin}){hint}"));
+            }
+        }
+    }
+
+    fn fault(&mut self, fault: String) {
+        self.faults.push(fault);
+    }
+
+    fn text(&self, name: &str) -> String {
+        let default = || KEYS.iter().find(|key| key.name == name).map(|key| key.default.to_owned());
+        self.values.get(name).cloned().or_else(default).unwrap_or_default()
+    }
+
+    fn optional(&self, name: &str) -> Option<String> {
+        Some(self.text(name)).filter(|text| !text.is_empty())
+    }
+
+    fn parsed<T>(&mut self, name: &str, fallback: T, parse: impl Fn(&str) -> Result<T, String>) -> T {
+        parse(&self.text(name)).unwrap_or_else(|problem| {
+            self.fault(format!("{name}: {problem}"));
+            fallback
+        })
+    }
+
+    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names.
+    fn ambient(&mut self, name: &'static str, variable: &str) {
+        if self.values.contains_key(name) {
+            return;
+        }
+        if let Some(value) = self.environment.get(variable) {
+            self.values.insert(name, value.clone());
+        } else if let Some(path) = self.environment.get(&format!("{variable}_FILE")).cloned() {
+            self.set(&format!("{name}_file"), path, variable);
+        }
+    }
+
+    fn check(mut self, needs: Needs) -> Result<Config, Vec<String>> {
+        self.ambient("postgres.url", "DATABASE_URL");
+        self.ambient("rabbitmq.url", "AMQP_URL");
+        let url = match self.text("postgres.url") {
+            url if url.is_empty() => "postgres://".to_owned(),
+            url => url,
+        };
+        let environment = self.environment;
+        let postgres = pg::Settings::parse(&url, |name| environment.get(name).cloned())
+            .map_err(|problem| self.fault(format!("postgres.url: {problem}")))
+            .ok();
+        let slot = self.parsed("postgres.slot", String::new(), slot);
+        let publication = self.parsed("postgres.publication", String::new(), name);
+        let (schema, table) = self.parsed("outbox.table", Default::default(), qualified);
+        let names = Names { slot, publication, schema, table };
+        let destination = self.parsed("rabbitmq.routing_key", None, |text| text.parse::<Template>().map(Some));
+        let sink = self.sink(needs);
+        let relay = self.relay();
+        let http = self.parsed("http.listen", None, |text| match text {
+            "" => Ok(None),
+            text => {
+                text.parse().map(Some).map_err(|_| "an address and port such as 127.0.0.1:9190 is needed".to_owned())
+            }
+        });
+        let columns = self.columns();
+        let printed = self.print();
+        match (postgres, destination) {
+            (Some(postgres), Some(destination)) if self.faults.is_empty() => {
+                let mapping = Mapping { table: names.qualified(), columns, destination };
+                Ok(Config { postgres, names, mapping, sink, relay, http, printed })
+            }
+            _ => Err(self.faults),
+        }
+    }
+
+    fn columns(&self) -> ColumnNames {
+        let column = |role: &str| self.optional(&format!("outbox.columns.{role}"));
+        ColumnNames {
+            id: column("id"),
+            aggregatetype: column("aggregatetype"),
+            aggregateid: column("aggregateid"),
+            kind: column("type"),
+            payload: column("payload"),
+            headers: column("headers"),
+            traceparent: column("traceparent"),
+            tracestate: column("tracestate"),
+        }
+    }
+
+    fn sink(&mut self, needs: Needs) -> Option<SinkSettings> {
+        match self.text("sink").as_str() {
+            "stdout" => return Some(SinkSettings::Stdout),
+            "rabbitmq" => {}
+            _ => self.fault("sink: `rabbitmq` or `stdout` is needed".to_owned()),
+        }
+        let exchange = self.parsed("rabbitmq.exchange", String::new(), exchange);
+        let declare = self.parsed("rabbitmq.declare", true, |text| {
+            text.parse().map_err(|_| "`true` or `false` is needed".to_owned())
+        });
+        let message_bytes_max = self.parsed("rabbitmq.message_bytes_max", 0, |text| bytes(text, 1 << 29));
+        let Some(url) = self.optional("rabbitmq.url") else {
+            if needs == Needs::Both {
+                self.fault(
+                    "rabbitmq.url: none is set; set it, or AMQP_URL, or `sink = \"stdout\"` to try without a broker"
+                        .to_owned(),
+                );
+            }
+            return None;
+        };
+        let uris = self.parsed_uris(&url);
+        Some(SinkSettings::RabbitMq(rabbitmq::Settings { uris, exchange, declare, message_bytes_max }))
+    }
+
+    fn parsed_uris(&mut self, urls: &str) -> Vec<lapin::uri::AMQPUri> {
+        let mut uris = Vec::new();
+        for url in urls.split(',') {
+            match url.trim().parse() {
+                Ok(uri) => uris.push(uri),
+                // The parser's message repeats the URL.
+                Err(_) => {
+                    self.fault("rabbitmq.url: an URL such as amqp://user:password@host:5672/vhost is needed".to_owned())
+                }
+            }
+        }
+        uris
+    }
+
+    fn relay(&mut self) -> relay::Settings {
+        let window_messages = self.parsed("rabbitmq.window_messages", 1, |text| match text.parse::<usize>() {
+            // Beyond what fills the pipe a window buys only latency, memory and duplicates.
+            Ok(count) if (1..=100_000).contains(&count) => Ok(count),
+            _ => Err("a number from 1 to 100000 is needed".to_owned()),
+        });
+        let window_bytes = self.parsed("rabbitmq.window_bytes", 1, |text| bytes(text, 1 << 30));
+        let second = Duration::from_secs(1);
+        relay::Settings {
+            window_messages,
+            window_bytes: usize::try_from(window_bytes).unwrap_or(usize::MAX),
+            confirm_timeout: self.parsed("rabbitmq.confirm_timeout", second, duration),
+            drain_timeout: self.parsed("run.drain_timeout", second, duration),
+            give_up_after: self.parsed("run.give_up_after", None, |text| match text {
+                "never" => Ok(None),
+                text => duration(text).map(Some),
+            }),
+        }
+    }
+
+    fn print(&self) -> String {
+        let mut text = String::new();
+        for key in &KEYS {
+            let value = match self.text(key.name) {
+                value if key.is_secret && !value.is_empty() => "***".to_owned(),
+                value => value,
+            };
+            text.push_str(&format!("{} = {}\n", key.name, toml::Value::from(value)));
+        }
+        text
+    }
+}
+
+/// Postgres' own rule for slot names.
+fn slot(text: &str) -> Result<String, String> {
+    let legal = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
+    match text {
+        text if (1..=63).contains(&text.len()) && text.chars().all(legal) => Ok(text.to_owned()),
+        _ => Err("a slot's name has 1 to 63 of the characters a-z, 0-9 and _".to_owned()),
+    }
+}
+
+fn name(text: &str) -> Result<String, String> {
+    match text {
+        text if (1..=63).contains(&text.len()) && !text.contains('\0') => Ok(text.to_owned()),
+        _ => Err("a name has 1 to 63 bytes".to_owned()),
+    }
+}
+
+/// An exchange that a row's routing key could turn into any queue's name is refused.
+fn exchange(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("the default exchange would let a row choose any queue by name; name an exchange".to_owned()),
+        text if text.len() > 255 => Err("an exchange's name has at most 255 bytes".to_owned()),
+        text => Ok(text.to_owned()),
+    }
+}
+
+/// `schema.table`, as SQL reads it: folded to lower case unless quoted.
+fn qualified(text: &str) -> Result<(String, String), String> {
+    let wrong =
+        || "a table such as public.outbox is needed; quote what is not lower case: \"Shop\".\"Outbox\"".to_owned();
+    let mut parts = Vec::new();
+    let mut rest = text;
+    loop {
+        let (part, tail) = match rest.strip_prefix('"') {
+            Some(quoted) => {
+                let (part, tail) = quoted.split_once('"').ok_or_else(wrong)?;
+                (part.to_owned(), tail)
+            }
+            None => {
+                let end = rest.find('.').unwrap_or(rest.len());
+                let (part, tail) = rest.split_at(end);
+                (part.to_ascii_lowercase(), tail)
+            }
+        };
+        name(&part).map_err(|_| wrong())?;
+        parts.push(part);
+        match tail.strip_prefix('.') {
+            Some(tail) => rest = tail,
+            None if tail.is_empty() => break,
+            None => return Err(wrong()),
+        }
+    }
+    match <[String; 2]>::try_from(parts) {
+        Ok([schema, table]) => Ok((schema, table)),
+        Err(parts) if parts.len() == 1 => Ok(("public".to_owned(), parts.into_iter().next().unwrap_or_default())),
+        Err(_) => Err(wrong()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "a duration such as 30s, 500ms or 2min is needed".to_owned())
+}
+
+fn bytes(text: &str, max: u64) -> Result<u64, String> {
+    let wrong = || format!("a size such as 8MiB, from 1 byte to {}, is needed", bytesize::ByteSize(max));
+    let size = text.parse::<bytesize::ByteSize>().map_err(|_| wrong())?.as_u64();
+    if (1..=max).contains(&size) { Ok(size) } else { Err(wrong()) }
+}
+
+/// Edit distance, for "did you mean".
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, left) in a.chars().enumerate() {
+        let mut previous = i;
+        let mut next = vec![i + 1];
+        for (right, above) in b.chars().zip(row.iter().skip(1)) {
+            let cost = previous + usize::from(left != right);
+            let beside = next.last().copied().unwrap_or_default() + 1;
+            next.push(cost.min(above + 1).min(beside));
+            previous = *above;
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn load(env: &[(&str, &str)], file: Option<&Path>, flags: &[(&str, &str)]) -> Result<Config, Vec<String>> {
+        let flags = flags.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Config::load(&Sources { flags, environment: environment(env), file }, Needs::Both)
+    }
+
+    const URLS: [(&str, &str); 2] = [("DATABASE_URL", "postgres://u@h/d"), ("AMQP_URL", "amqp://h")];
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        file
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let config = load(&URLS, None, &[]).unwrap();
+        assert_eq!((config.names.slot.as_str(), config.names.publication.as_str()), ("pgoutbox", "pgoutbox"));
+        assert_eq!(config.names.qualified(), "public.outbox");
+        assert_eq!(config.http, Some("127.0.0.1:9190".parse().unwrap()));
+        let Some(SinkSettings::RabbitMq(rabbitmq)) = config.sink else { panic!("not rabbitmq") };
+        assert_eq!((rabbitmq.exchange.as_str(), rabbitmq.declare), ("outbox", true));
+        assert_eq!(config.relay.give_up_after, None);
+    }
+
+    #[test]
+    fn a_flag_beats_the_environment_beats_the_file_beats_the_default() {
+        let file = file("[postgres]\nslot = \"of_file\"\n[rabbitmq]\nexchange = \"of_file\"\nwindow_messages = 7\n");
+        let env =
+            [URLS[0], URLS[1], ("PGOUTBOX__POSTGRES__SLOT", "of_env"), ("PGOUTBOX__RABBITMQ__EXCHANGE", "of_env")];
+        let config = load(&env, Some(file.path()), &[("postgres.slot", "of_flag")]).unwrap();
+        assert_eq!(config.names.slot, "of_flag");
+        assert_eq!(config.relay.window_messages, 7);
+        let Some(SinkSettings::RabbitMq(rabbitmq)) = config.sink else { panic!("not rabbitmq") };
+        assert_eq!(rabbitmq.exchange, "of_env");
+    }
+
+    #[test]
+    fn all_faults_are_told_at_once_with_the_full_name_of_the_key() {
+        let file = file(
+            "sinc = \"x\"\n[postgres]\nslot = \"Not Legal\"\n[rabbitmq]\nwindow_bytes = \"8 apples\"\ndeclare = 7\n",
+        );
+        let env = [
+            ("PGOUTBOX__HTTP__LISTEN", "nowhere"),
+            ("PGOUTBOX__OUTBOX__COLUMS__ID", "x"),
+            ("DATABASE_URL", "nonsense s3cret"),
+        ];
+        let faults = load(&env, Some(file.path()), &[("run.drain_timeout", "soon")]).unwrap_err();
+        for name in [
+            "sinc: unknown key",
+            "did you mean sink?",
+            "postgres.slot:",
+            "rabbitmq.window_bytes:",
+            "rabbitmq.declare:",
+            "http.listen:",
+            "outbox.colums.id: unknown key",
+            "run.drain_timeout:",
+            "postgres.url:",
+            "rabbitmq.url:",
+        ] {
+            assert!(faults.iter().any(|fault| fault.contains(name)), "{name} in {faults:?}");
+        }
+        assert!(!faults.iter().any(|fault| fault.contains("s3cret")), "{faults:?}");
+    }
+
+    #[test]
+    fn secrets_come_from_files_and_are_never_printed() {
+        let secret = file("amqp://user:s3cret@h\n");
+        let path = secret.path().to_str().unwrap();
+        for name in ["PGOUTBOX__RABBITMQ__URL_FILE", "AMQP_URL_FILE"] {
+            let config = load(&[URLS[0], (name, path)], None, &[]).unwrap();
+            let Some(SinkSettings::RabbitMq(rabbitmq)) = &config.sink else { panic!("not rabbitmq") };
+            assert_eq!(rabbitmq.uris[0].authority.userinfo.password, "s3cret");
+            assert!(config.printed().contains("rabbitmq.url = \"***\""), "{}", config.printed());
+            assert!(!format!("{config:?}{}", config.printed()).contains("s3cret"));
+        }
+        assert!(load(&[URLS[0], ("AMQP_URL_FILE", "/does/not/exist")], None, &[]).is_err());
+    }
+
+    #[test]
+    fn variables_are_filled_into_the_file() {
+        let file = file("[rabbitmq]\nurl = \"amqp://user:${SECRET}@h\"\n");
+        let config = load(&[URLS[0], ("SECRET", "s3cret")], Some(file.path()), &[]).unwrap();
+        let Some(SinkSettings::RabbitMq(rabbitmq)) = &config.sink else { panic!("not rabbitmq") };
+        assert_eq!(rabbitmq.uris[0].authority.userinfo.password, "s3cret");
+        let faults = load(&[URLS[0]], Some(file.path()), &[]).unwrap_err();
+        assert!(faults[0].contains("SECRET is not set"), "{faults:?}");
+    }
+
+    #[test]
+    fn tables_are_read_as_sql_reads_them() {
+        let pair = |schema: &str, table: &str| Ok((schema.to_owned(), table.to_owned()));
+        assert_eq!(qualified("Outbox"), pair("public", "outbox"));
+        assert_eq!(qualified("shop.Outbox"), pair("shop", "outbox"));
+        assert_eq!(qualified("\"Shop.1\".\"Out\""), pair("Shop.1", "Out"));
+        for wrong in ["", ".", "a.", ".b", "a.b.c", "\"a", "\"a\"b"] {
+            assert!(qualified(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn there_is_no_way_to_the_default_exchange() {
+        assert!(load(&URLS, None, &[("rabbitmq.exchange", "")]).is_err());
+    }
+}

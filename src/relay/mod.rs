@@ -1,0 +1,275 @@
+//! The only room that knows both ends: order, retry, progress. At-least-once can be broken here and nowhere else.
+//!
+//! ```text
+//! reader ──items──> publisher ──runs──> settler
+//!    ^                                     │
+//!    └────────── watch: settled ───────────┘     the only way back
+//! ```
+//!
+//! Three stations, each a plain loop, joined by bounded queues. The position takes the same road as the data: a checkpoint
+//! comes out of the settler only after every receipt before it, because a queue is a queue.
+//!
+//! Reading order: `progress`, `reader`, `publisher`, `settler`, `session`, `postgres`.
+
+pub mod postgres;
+pub mod progress;
+mod publisher;
+mod reader;
+mod session;
+mod settler;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+pub use progress::Progress;
+
+use crate::lsn::Lsn;
+use crate::metrics::{End, Metrics, Reason};
+use crate::outbox::{self, Mapping, Tables};
+use crate::pg;
+use crate::pg::replication::{Event, Identity, Status};
+use crate::retry::{Backoff, Retry};
+use crate::sink::{self, Sink};
+
+/// Between two sessions at first, and at most. With them messages flow again within 30 s of any fault's end, and a peer
+/// that fails at once sees fewer than three attempts a second, then one in 5 s.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+
+/// A session that lasted so long was a good one: the backoff begins anew.
+const GOOD_SESSION: Duration = Duration::from_secs(30);
+
+/// The same failure is logged again after this long.
+const REPEAT_LOG: Duration = Duration::from_secs(60);
+
+/// Limits of a relay.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Messages published and not settled, at most.
+    pub window_messages: usize,
+    /// Their bytes, at most; a larger message goes alone.
+    pub window_bytes: usize,
+    /// How long the broker may hold back its confirm.
+    pub confirm_timeout: Duration,
+    /// How long a stop may wait for what is in flight.
+    pub drain_timeout: Duration,
+    /// How long a peer may stay away before the relay gives up; `None`: for ever.
+    pub give_up_after: Option<Duration>,
+}
+
+/// The stream from Postgres, or a fake of it.
+pub trait Source: Send {
+    /// What comes next. Cancel-safe.
+    fn next(&mut self) -> impl Future<Output = Result<Event, pg::Error>> + Send;
+
+    /// Writes a status. Never cancelled.
+    fn tell(&mut self, status: Status) -> impl Future<Output = Result<(), pg::Error>> + Send;
+
+    /// Asks the catalog again which tables are the outbox.
+    fn tables(&mut self) -> impl Future<Output = Result<Tables, pg::Error>> + Send;
+
+    /// Tells the last status, ends the stream and sees the position arrive in the slot.
+    fn finish(self, status: Status) -> impl Future<Output = Result<(), pg::Error>> + Send;
+}
+
+/// Opens streams.
+pub trait Database: Send {
+    /// What it opens.
+    type Source: Source;
+
+    /// Proves that the world is set up right and begins to stream where `progress` says.
+    fn open(&mut self, progress: &mut Progress) -> impl Future<Output = Result<Opened<Self::Source>, Error>> + Send;
+}
+
+/// Opens broker sessions.
+pub trait Broker: Send {
+    /// What it opens.
+    type Sink: Sink;
+
+    /// Opens one.
+    fn open(&mut self) -> impl Future<Output = Result<Self::Sink, sink::Error>> + Send;
+}
+
+/// Resolves when the stream must not go on, with the reason.
+pub type Watch = Pin<Box<dyn Future<Output = pg::Error> + Send>>;
+
+/// A stream that has begun.
+pub struct Opened<S> {
+    /// The stream.
+    pub source: S,
+    /// Looks at server and catalog beside it.
+    pub watch: Watch,
+    /// Which tables are the outbox.
+    pub tables: Tables,
+    /// Which server it is.
+    pub identity: Identity,
+    /// Where it begins: all before is settled.
+    pub start: Lsn,
+    /// How long it may be silent.
+    pub silence_max: Duration,
+}
+
+/// Why a relay stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Postgres, or the way there.
+    #[error(transparent)]
+    Postgres(#[from] pg::Error),
+    /// The stream's content.
+    #[error(transparent)]
+    Outbox(#[from] outbox::Error),
+    /// The broker, or the way there.
+    #[error(transparent)]
+    Sink(#[from] sink::Error),
+    /// The slot is somewhere else than where we left it.
+    #[error(
+        "replication slot {slot} stands at {found}, but this relay told Postgres {told} at most: the slot was re-created, or \
+         someone else moved it. Remedy: reconcile from the table what was committed between the two, then restart"
+    )]
+    Moved {
+        /// The slot.
+        slot: String,
+        /// Where it stands.
+        found: Lsn,
+        /// The last position told.
+        told: Lsn,
+    },
+    /// A server that an earlier session has left behind.
+    #[error("this server is on timeline {found} and timeline {seen} was seen: it is an old primary")]
+    OldTimeline {
+        /// Its timeline.
+        found: u32,
+        /// The one seen.
+        seen: u32,
+    },
+    /// A peer stayed away too long.
+    #[error("gave up after {after:?}: {last}")]
+    GaveUp {
+        /// The limit.
+        after: Duration,
+        /// The last failure.
+        last: Box<Error>,
+    },
+}
+
+impl Error {
+    /// Whether a new session can help.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Error::Postgres(error) => error.retry(),
+            Error::Outbox(error) => error.retry(),
+            Error::Sink(error) => error.retry(),
+            Error::Moved { .. } | Error::GaveUp { .. } => Retry::Never,
+            Error::OldTimeline { .. } => Retry::Later,
+        }
+    }
+
+    fn end(&self) -> &'static str {
+        match self {
+            Error::Sink(sink::Error::Refused { .. }) => "refused",
+            _ if self.retry() == Retry::Never => "fatal",
+            Error::Sink(_) => "broker",
+            _ => "postgres",
+        }
+    }
+}
+
+/// Resolves when it is time to stop; never when nobody can say so any more.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Runs sessions, one after the other, until told to stop or proven hopeless.
+///
+/// # Errors
+/// The failure that no new session can help.
+pub async fn run<D: Database, B: Broker>(
+    mut database: D,
+    mut broker: B,
+    mapping: &Mapping,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), Error> {
+    let mut progress = Progress::default();
+    let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
+    let mut logged: Option<(String, Instant)> = None;
+    let mut away_since: Option<Instant> = None;
+    loop {
+        let began = Instant::now();
+        let (frontier, settled) = (progress.frontier(), progress.settled());
+        let session = session::run(&mut database, &mut broker, mapping, settings, metrics, &mut progress, &mut stop);
+        let result = session.await;
+        let label = result.as_ref().map_or_else(Error::end, |()| "stopped");
+        metrics.sessions.get_or_create(&End { end: label }).inc();
+        let Err(error) = result else {
+            metrics.closed(None);
+            return Ok(());
+        };
+        metrics.closed(Some(error.to_string()));
+        note_refusal(&error, metrics);
+        if error.retry() == Retry::Never {
+            return Err(error);
+        }
+        if progress.frontier() > frontier || began.elapsed() > GOOD_SESSION {
+            backoff.reset();
+        }
+        if progress.frontier() > frontier || progress.settled() > settled {
+            away_since = None;
+        }
+        let since = *away_since.get_or_insert_with(Instant::now);
+        if let Some(after) = settings.give_up_after.filter(|after| since.elapsed() >= *after) {
+            return Err(Error::GaveUp { after, last: Box::new(error) });
+        }
+        let wait = backoff.wait();
+        log(&error, wait, &mut logged);
+        tokio::select! {
+            biased;
+            () = stopped(&mut stop) => return Ok(()),
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+fn note_refusal(error: &Error, metrics: &Metrics) {
+    let reason = match error {
+        Error::Sink(sink::Error::Refused { refusal, .. }) => refusal.reason(),
+        Error::Sink(sink::Error::Undeliverable { .. }) | Error::Outbox(outbox::Error::Row { .. }) => "undeliverable",
+        _ => return,
+    };
+    metrics.refused.get_or_create(&Reason { reason }).inc();
+    metrics.refuse(Some(error.to_string()));
+}
+
+/// Once, and again when it changes or lasts: a relay that waits must not fill the log.
+fn log(error: &Error, wait: Duration, logged: &mut Option<(String, Instant)>) {
+    let text = explain(error);
+    let is_news = logged.as_ref().is_none_or(|(last, at)| *last != text || at.elapsed() > REPEAT_LOG);
+    if is_news {
+        tracing::warn!(retry_in_ms = wait.as_millis(), "session ended, nothing is lost: {text}");
+        *logged = Some((text, Instant::now()));
+    } else {
+        tracing::debug!(retry_in_ms = wait.as_millis(), "session ended again: {text}");
+    }
+}
+
+/// An error with its sources, in one line.
+pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        // A transparent error repeats its source.
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,202 @@
+//! The real stream: catalog first, then IDENTIFY_SYSTEM, then START_REPLICATION, and a control connection that watches.
+//!
+//! The traps. Nothing is created here: a slot that is missing is a gap, not a chore. A server that stops ends an SQL
+//! connection at once but waits for its walsenders, so the control connection is how we hear of it. And the catalog is
+//! asked again while streaming, since Postgres goes on without a word when the outbox has left the publication.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, interval, sleep, timeout};
+
+use super::{Database, Error, Opened, Progress, Source, Watch};
+use crate::metrics::Metrics;
+use crate::outbox::{Mapping, Tables};
+use crate::pg::catalog::{Control, Names, Slot, World};
+use crate::pg::pgoutput::Column;
+use crate::pg::replication::{Event, Replication, Status, Stream};
+use crate::pg::{self, Finding, Settings};
+
+/// How often the catalog is asked while streaming.
+const WATCH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Opening a stream: a handful of queries and two logins, each with a limit of its own. Starting decoding may take long:
+/// the server reads WAL from the slot's restart position on before it answers.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the slot may take to show what it was told.
+const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The stream may be silent for so long where `wal_sender_timeout` is switched off.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// Opens streams from one Postgres.
+pub struct Postgres {
+    /// Where it is.
+    pub settings: Settings,
+    /// What the relay depends on.
+    pub names: Names,
+    /// Proves that the table's columns make an outbox, before a row comes.
+    pub mapping: Mapping,
+    /// Lag and the slot's state.
+    pub metrics: Arc<Metrics>,
+}
+
+/// A running stream.
+pub struct PostgresSource {
+    stream: Stream,
+    settings: Settings,
+    names: Names,
+}
+
+impl Postgres {
+    /// What keeps a relay from running here: the catalog's findings and the columns'.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn findings(&self, world: &World) -> Vec<Finding> {
+        let mut findings = world.findings(&self.names);
+        if world.table.is_some() && world.publication.is_some() {
+            let streamed = world.streamed_columns().into_iter();
+            let columns: Vec<Column> = streamed.map(|(name, type_id)| Column { name, type_id }).collect();
+            if let Err(crate::outbox::Error::Columns { table, problem, remedy }) = self.mapping.layout(&columns) {
+                findings.push(Finding { problem: format!("table {table}: {problem}"), remedy });
+            }
+        }
+        findings
+    }
+
+    async fn inspect(&self, control: &Control) -> Result<World, pg::Error> {
+        let world = control.inspect(&self.names).await?;
+        if world.in_recovery {
+            let host = control.host();
+            return Err(pg::Error::NotNow(format!("{host} is a standby: waiting for a primary")));
+        }
+        let findings = self.findings(&world).await;
+        if findings.is_empty() { Ok(world) } else { Err(pg::Error::World(findings)) }
+    }
+
+    fn tables(&self, world: &World) -> Tables {
+        tables(&self.names, world)
+    }
+
+    /// Asks again and again, and hears when the server goes.
+    fn watch(&self, mut control: Control, expected: Tables) -> Watch {
+        let (names, metrics, mapping) = (self.names.clone(), self.metrics.clone(), self.mapping.clone());
+        let settings = self.settings.clone();
+        let database = Postgres { settings, names, mapping, metrics };
+        Box::pin(async move {
+            let mut ticks = interval(WATCH_INTERVAL);
+            loop {
+                tokio::select! {
+                    biased;
+                    error = control.ended() => return error,
+                    _ = ticks.tick() => {}
+                }
+                match database.look(&control, &expected).await {
+                    Ok(()) => {}
+                    Err(error) => return error,
+                }
+            }
+        })
+    }
+
+    /// One look at the world, which must still be the one that the stream was opened in.
+    async fn look(&self, control: &Control, expected: &Tables) -> Result<(), pg::Error> {
+        let world = self.inspect(control).await?;
+        if let Some(slot) = &world.slot {
+            self.measure(slot);
+        }
+        let oid = world.table.as_ref().map(|table| table.oid);
+        if oid.is_some_and(|oid| !expected.outbox.contains(&oid)) {
+            let table = self.names.qualified();
+            return Err(pg::Error::World(vec![Finding {
+                problem: format!("table {table} was dropped and re-created while it was streamed"),
+                remedy:
+                    "check which rows were committed before the new table joined the publication: they are not in the \
+                         stream. Then restart"
+                        .to_owned(),
+            }]));
+        }
+        Ok(())
+    }
+
+    fn measure(&self, slot: &Slot) {
+        let gauge = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.metrics.wal_lag_bytes.set(gauge(slot.server.bytes_since(slot.confirmed)));
+        self.metrics.slot_retained_bytes.set(gauge(slot.server.bytes_since(slot.restart)));
+        self.metrics.slot_safe_bytes.set(slot.safe_bytes.unwrap_or(-1));
+        if slot.wal_status.as_deref() == Some("unreserved") {
+            tracing::error!(
+                slot = self.names.slot,
+                "the slot is about to be lost: the server removes its WAL at the next checkpoint. Raise \
+                 max_slot_wal_keep_size now"
+            );
+        }
+    }
+}
+
+impl Database for Postgres {
+    type Source = PostgresSource;
+
+    async fn open(&mut self, progress: &mut Progress) -> Result<Opened<PostgresSource>, Error> {
+        let control = Control::open(&self.settings).await?;
+        let world = self.inspect(&control).await?;
+        let slot = world.slot.as_ref().map(|slot| slot.confirmed).unwrap_or_default();
+        let mut replication = Replication::open(control.host(), &self.settings).await?;
+        let (identity, server) = replication.identify().await?;
+        let silence_max = replication.sender_timeout().await?.unwrap_or(SILENCE_MAX);
+        let start = progress.begin(identity.clone(), server, &self.names.slot, slot)?;
+        let late = pg::Error::Timeout { during: "starting to stream", after: START_TIMEOUT };
+        let starting = replication.start(&self.names.slot, &self.names.publication, start);
+        let stream = timeout(START_TIMEOUT, starting).await.unwrap_or(Err(late))?;
+        let tables = self.tables(&world);
+        Ok(Opened {
+            source: PostgresSource { stream, settings: self.settings.clone(), names: self.names.clone() },
+            watch: self.watch(control, tables.clone()),
+            tables,
+            identity,
+            start,
+            silence_max,
+        })
+    }
+}
+
+impl Source for PostgresSource {
+    async fn next(&mut self) -> Result<Event, pg::Error> {
+        self.stream.next().await
+    }
+
+    async fn tell(&mut self, status: Status) -> Result<(), pg::Error> {
+        self.stream.tell(status).await
+    }
+
+    async fn tables(&mut self) -> Result<Tables, pg::Error> {
+        let control = Control::open(&self.settings).await?;
+        Ok(tables(&self.names, &control.inspect(&self.names).await?))
+    }
+
+    async fn finish(self, status: Status) -> Result<(), pg::Error> {
+        self.stream.finish(status).await?;
+        let control = Control::open(&self.settings).await?;
+        let began = Instant::now();
+        loop {
+            let slot = control.slot(&self.names.slot).await?;
+            if slot.is_some_and(|slot| slot.confirmed >= status.settled) {
+                return Ok(());
+            }
+            if began.elapsed() > SEEN_TIMEOUT {
+                return Err(pg::Error::Timeout { during: "seeing the last position in the slot", after: SEEN_TIMEOUT });
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+fn tables(names: &Names, world: &World) -> Tables {
+    Tables {
+        outbox: world.table.iter().flat_map(|table| table.family.iter().copied()).collect(),
+        others: world.others().into_iter().collect(),
+        name: (names.schema.clone(), names.table.clone()),
+    }
+}

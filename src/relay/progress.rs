@@ -1,0 +1,189 @@
+//! How far everything is settled, remembered from one session to the next while the process lives.
+//!
+//! The slot is the only store of position; this memory only spares duplicates, after a crash of Postgres (which saves slots
+//! lazily) and inside a transaction that was published in part. The trap: a position means something on one system and one
+//! timeline only. After a failover to a lagging standby, starting at the old one loses rows without a word.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::Error;
+use crate::lsn::Lsn;
+use crate::outbox::Position;
+use crate::pg::replication::Identity;
+
+/// What this process knows to be settled.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    identity: Option<Identity>,
+    /// The last checkpoint before which everything is settled.
+    settled: Lsn,
+    /// The last message such that it and everything before it is settled.
+    frontier: Position,
+    /// The highest position ever told to Postgres, arrived or not.
+    told: Lsn,
+    /// Someone else held the slot since: it may have been moved with good reason.
+    contended: bool,
+    /// The last session ended by the broker's doing: prove one message before sending many.
+    cautious: bool,
+}
+
+impl Progress {
+    /// Everything at or below it is settled.
+    pub fn settled(&self) -> Lsn {
+        self.settled
+    }
+
+    /// It and everything before it is settled.
+    pub fn frontier(&self) -> Position {
+        self.frontier
+    }
+
+    /// Whether the next session proves one message before it sends many.
+    pub fn is_cautious(&self) -> bool {
+        self.cautious
+    }
+
+    /// Where a new stream begins, on this server whose WAL ends at `server` and whose slot stands at `confirmed`.
+    ///
+    /// # Errors
+    /// `OldTimeline` for a server that was left behind, `Moved` when the slot stands beyond all that was ever told.
+    pub fn begin(&mut self, identity: Identity, server: Lsn, slot: &str, confirmed: Lsn) -> Result<Lsn, Error> {
+        let known = self.identity.replace(identity.clone());
+        if let Some(known) = known.filter(|known| known.system == identity.system) {
+            if identity.timeline < known.timeline {
+                let error = Error::OldTimeline { found: identity.timeline, seen: known.timeline };
+                self.identity = Some(known);
+                return Err(error);
+            }
+            if identity.timeline == known.timeline && server >= self.settled {
+                if confirmed > self.told && !self.contended {
+                    let (found, told) = (confirmed, self.told);
+                    return Err(Error::Moved { slot: slot.to_owned(), found, told });
+                }
+                self.settled = self.settled.max(confirmed);
+                self.told = self.told.max(confirmed);
+                self.contended = false;
+                return Ok(self.settled);
+            }
+            tracing::warn!(
+                from = known.timeline,
+                to = identity.timeline,
+                behind_bytes = self.settled.bytes_since(confirmed),
+                "the timeline changed: beginning at the slot's own position"
+            );
+        }
+        // Another history: what was settled there says nothing here.
+        *self = Progress {
+            identity: Some(identity),
+            settled: confirmed,
+            told: confirmed,
+            cautious: self.cautious,
+            ..Progress::default()
+        };
+        Ok(confirmed)
+    }
+
+    /// Whether this message was settled by an earlier session already: those before the first unsettled one, no other.
+    pub fn has(&self, position: Position) -> bool {
+        self.frontier.commit_lsn > Lsn::ZERO && position <= self.frontier
+    }
+
+    /// A run and all before it is settled.
+    pub fn message(&mut self, last: Position) {
+        self.frontier = self.frontier.max(last);
+    }
+
+    /// All before this checkpoint is settled.
+    pub fn checkpoint(&mut self, lsn: Lsn) {
+        self.settled = self.settled.max(lsn);
+    }
+
+    /// Postgres is being told this position.
+    pub fn tell(&mut self, lsn: Lsn) {
+        self.told = self.told.max(lsn);
+    }
+
+    /// Someone else holds the slot.
+    pub fn contend(&mut self) {
+        self.contended = true;
+    }
+
+    /// A session ended; by the broker's doing, or not.
+    pub fn caution(&mut self, cautious: bool) {
+        self.cautious = cautious;
+    }
+}
+
+/// The progress that the stations of one session share. They run in one task: the lock is never contended.
+pub(super) fn lock(shared: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on(system: &str, timeline: u32) -> Identity {
+        Identity { system: system.to_owned(), timeline }
+    }
+
+    fn lsn(position: u64) -> Lsn {
+        Lsn::new(position)
+    }
+
+    /// A process that settled up to 500, told 400, and half of a transaction at 600.
+    fn settled() -> Progress {
+        let mut progress = Progress::default();
+        assert_eq!(progress.begin(on("a", 1), lsn(1000), "s", lsn(100)).unwrap(), lsn(100));
+        progress.checkpoint(lsn(500));
+        progress.tell(lsn(400));
+        progress.message(Position { commit_lsn: lsn(600), seq: 4 });
+        progress
+    }
+
+    #[test]
+    fn begins_at_its_own_position_on_the_same_system_and_timeline() {
+        let mut progress = settled();
+        assert_eq!(progress.begin(on("a", 1), lsn(1000), "s", lsn(400)).unwrap(), lsn(500));
+        assert!(progress.has(Position { commit_lsn: lsn(600), seq: 4 }));
+        assert!(!progress.has(Position { commit_lsn: lsn(600), seq: 5 }));
+        assert!(!progress.has(Position { commit_lsn: lsn(700), seq: 0 }));
+    }
+
+    #[test]
+    fn a_crash_of_postgres_that_sets_the_slot_back_changes_nothing() {
+        assert_eq!(settled().begin(on("a", 1), lsn(1000), "s", lsn(100)).unwrap(), lsn(500));
+    }
+
+    #[test]
+    fn never_begins_at_its_own_position_on_another_timeline_system_or_shorter_wal() {
+        for (identity, server) in [(on("a", 2), 1000), (on("b", 1), 1000), (on("a", 1), 450)] {
+            let mut progress = settled();
+            assert_eq!(progress.begin(identity.clone(), lsn(server), "s", lsn(120)).unwrap(), lsn(120), "{identity:?}");
+            assert!(!progress.has(Position { commit_lsn: lsn(600), seq: 0 }), "{identity:?}");
+            assert_eq!(progress.settled(), lsn(120));
+        }
+    }
+
+    #[test]
+    fn an_old_primary_is_refused_and_the_memory_kept() {
+        let mut progress = settled();
+        progress.begin(on("a", 2), lsn(1000), "s", lsn(300)).unwrap();
+        assert!(matches!(progress.begin(on("a", 1), lsn(900), "s", lsn(300)), Err(Error::OldTimeline { .. })));
+        assert!(progress.begin(on("a", 2), lsn(1000), "s", lsn(300)).is_ok());
+    }
+
+    #[test]
+    fn a_slot_beyond_all_that_was_told_is_refused_unless_someone_else_held_it() {
+        let error = settled().begin(on("a", 1), lsn(1000), "s", lsn(401)).unwrap_err();
+        assert!(matches!(error, Error::Moved { .. }));
+        let mut contended = settled();
+        contended.contend();
+        assert_eq!(contended.begin(on("a", 1), lsn(1000), "s", lsn(700)).unwrap(), lsn(700));
+    }
+
+    #[test]
+    fn a_fresh_process_skips_nothing() {
+        assert!(!Progress::default().has(Position::default()));
+    }
+}

@@ -1,0 +1,129 @@
+//! One session: a broker session and a replication stream, opened in that order and dropped together.
+//!
+//! Nothing is ever continued after a doubt; the next session starts from the slot. The trap: a connected client that does
+//! not confirm keeps Postgres from shutting down for ever, so a session that learns that the server goes away has a moment
+//! to settle what it has and then lets go.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::publisher::{Publisher, Window};
+use super::reader::{Feedback, Reader};
+use super::settler::Settler;
+use super::{Broker, Database, Error, Opened, Progress, Settings, stopped};
+use crate::metrics::Metrics;
+use crate::outbox::{Assembler, Mapping};
+use crate::pg;
+use crate::retry::Retry;
+
+/// Items between reader and publisher.
+const CHANNEL_ITEMS: usize = 1024;
+
+/// What a stopping server is given to hear the rest; `pg_ctl stop` waits for it.
+const SERVER_STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs one session. `Ok` when it was told to stop.
+pub(super) async fn run<D: Database, B: Broker>(
+    database: &mut D,
+    broker: &mut B,
+    mapping: &Mapping,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+    progress: &mut Progress,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<(), Error> {
+    let opening = async {
+        let sink = broker.open().await?;
+        let opened = database.open(progress).await?;
+        Ok((sink, opened))
+    };
+    let opened = tokio::select! {
+        biased;
+        () = stopped(stop) => return Ok(()),
+        opened = opening => opened,
+    };
+    let (sink, opened) = match opened {
+        Ok(both) => both,
+        Err(error) => {
+            note_contention(&error, progress);
+            return Err(error);
+        }
+    };
+    metrics.opened();
+    metrics.heard(opened.silence_max);
+    tracing::info!(from = %opened.start, timeline = opened.identity.timeline, "streaming");
+    let shared = Mutex::new(std::mem::take(progress));
+    let result = stream(sink, opened, mapping, settings, metrics, &shared, stop).await;
+    *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    progress.caution(matches!(result, Err(Error::Sink(_))));
+    result
+}
+
+fn note_contention(error: &Error, progress: &mut Progress) {
+    const OBJECT_IN_USE: &str = "55006";
+    if matches!(error, Error::Postgres(pg::Error::Server(error)) if error.code() == OBJECT_IN_USE) {
+        progress.contend();
+    }
+}
+
+/// The three stations, the watch beside them, and the two ways to end.
+async fn stream<S: super::Source, K: crate::sink::Sink>(
+    sink: K,
+    opened: Opened<S>,
+    mapping: &Mapping,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+    progress: &Mutex<Progress>,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<(), Error> {
+    let before = super::progress::lock(progress).clone();
+    let cautious = before.is_cautious();
+    let (items_in, items_out) = mpsc::channel(CHANNEL_ITEMS);
+    let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(CHANNEL_ITEMS));
+    let (settled_in, settled_out) = watch::channel(opened.start);
+    let (halt, mut halted) = watch::channel(false);
+    let reader = Reader {
+        source: opened.source,
+        assembler: Assembler::new(mapping.clone(), opened.tables),
+        settled: settled_out,
+        progress,
+        before,
+        metrics,
+        silence_max: opened.silence_max,
+        feedback: Feedback::new(opened.start),
+    };
+    let window = Window::new(settings);
+    let publisher = Publisher { sink, items: items_out, runs: runs_in, window, metrics, cautious };
+    let confirm_timeout = settings.confirm_timeout;
+    let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
+    let stations = async {
+        let (read, published, ()) =
+            tokio::try_join!(reader.run(items_in, &mut halted), publisher.run(), settler.run())?;
+        read.or(published).map_or(Ok(()), Err)
+    };
+    let mut stations = std::pin::pin!(stations);
+    // Biased: stations that are done have the last word.
+    tokio::select! {
+        biased;
+        result = &mut stations => result,
+        () = stopped(stop) => {
+            halt.send_replace(true);
+            timeout(settings.drain_timeout, stations).await.unwrap_or_else(|_| {
+                tracing::warn!("stopping without all confirms: what is in flight will be published again, nothing is lost");
+                Ok(())
+            })
+        }
+        error = opened.watch => {
+            if error.retry() == Retry::Never {
+                // What was read before the world changed still counts.
+                halt.send_replace(true);
+            }
+            // However the stations end now, the reason is what was seen here.
+            let _ = timeout(SERVER_STOP_GRACE, stations).await;
+            Err(error.into())
+        }
+    }
+}

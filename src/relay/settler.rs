@@ -1,0 +1,72 @@
+//! Third station: receipts settle in order, and with them the checkpoints between them.
+//!
+//! The only place that says "settled". The trap that this queue removes: a position told because it was *received*, while a
+//! message before it was still unconfirmed.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::publisher::Settling;
+use super::{Error, Progress, progress};
+use crate::lsn::Lsn;
+use crate::metrics::{self, Metrics};
+use crate::sink;
+
+/// The third station.
+pub(super) struct Settler<'a> {
+    pub(super) runs: mpsc::Receiver<Settling>,
+    pub(super) settled: watch::Sender<Lsn>,
+    pub(super) progress: &'a Mutex<Progress>,
+    pub(super) metrics: &'a Metrics,
+    pub(super) confirm_timeout: Duration,
+}
+
+impl Settler<'_> {
+    /// Settles until there is nothing more to come.
+    pub(super) async fn run(mut self) -> Result<(), Error> {
+        while let Some(run) = self.runs.recv().await {
+            self.settle(run).await?;
+        }
+        Ok(())
+    }
+
+    async fn settle(&mut self, run: Settling) -> Result<(), Error> {
+        if let Some(receipt) = run.receipt {
+            self.metrics.oldest(run.committed_at.first().copied());
+            let late = sink::Error::Timeout { during: "confirming", after: self.confirm_timeout };
+            timeout(self.confirm_timeout, receipt).await.unwrap_or(Err(late))?;
+            self.count(&run.committed_at, run.bytes);
+        }
+        let mut progress = progress::lock(self.progress);
+        if let Some(last) = run.last {
+            progress.message(last);
+        }
+        if let Some(lsn) = run.checkpoint {
+            progress.checkpoint(lsn);
+            self.settled.send_if_modified(|settled| {
+                let rises = lsn > *settled;
+                *settled = lsn.max(*settled);
+                rises
+            });
+        }
+        drop(progress);
+        // Last: room in the window means that all of this is done.
+        drop(run.shares);
+        Ok(())
+    }
+
+    fn count(&self, committed_at: &[u64], bytes: usize) {
+        let count = committed_at.len();
+        self.metrics.settled.inc_by(count as u64);
+        self.metrics.in_flight_messages.dec_by(i64::try_from(count).unwrap_or(i64::MAX));
+        self.metrics.in_flight_bytes.dec_by(i64::try_from(bytes).unwrap_or(i64::MAX));
+        for at in committed_at {
+            self.metrics.commit_to_settled.observe(metrics::age(*at).as_secs_f64());
+        }
+        self.metrics.oldest(None);
+        self.metrics.refuse(None);
+    }
+}

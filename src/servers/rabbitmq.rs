@@ -1,0 +1,315 @@
+//! A private RabbitMQ node.
+//!
+//! The trap: `rabbitmq-server` is a shell script around a shell script around Erlang, Erlang starts a port mapper (epmd)
+//! that outlives it and serves every node of the machine, and Debian's wrapper in `/usr/sbin` changes user and drops the
+//! environment. So the script under `/usr/lib` runs with an environment of its own, told to `exec` (the child we hold *is*
+//! the Erlang machine), and epmd is our child as well, on a port of its own.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use super::keeper::Keeper;
+use super::process::{Process, gone_within, true_within};
+use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
+
+/// Where Debian, and RabbitMQ's own packages, put the scripts.
+const BIN: &str = "/usr/lib/rabbitmq/bin";
+const REMEDY: &str = "run `apt-get install rabbitmq-server`";
+
+/// It takes seconds on an idle machine; a machine that is building takes several times that.
+const START_WITHIN: Duration = Duration::from_secs(90);
+const STOP_WITHIN: Duration = Duration::from_secs(60);
+const PROBE_WITHIN: Duration = Duration::from_secs(2);
+
+/// AMQP 0-9-1 section 4.2.2; the broker answers with Connection.Start, a method frame (type 1).
+const PROTOCOL_HEADER: &[u8] = b"AMQP\x00\x00\x09\x01";
+const FRAME_METHOD: u8 = 1;
+
+/// A private RabbitMQ node without plugins; dropping it kills it and removes its data.
+#[derive(Debug)]
+pub struct RabbitMq {
+    node: String,
+    port: u16,
+    distribution_port: u16,
+    epmd_port: u16,
+    epmd: Option<Child>,
+    beam: Option<Child>,
+    // Dropped in this order, after our own Drop killed both children.
+    directory: TempDir,
+    keeper: Keeper,
+}
+
+impl RabbitMq {
+    /// Starts a node and returns when it answers on its AMQP port.
+    pub fn start() -> Result<Self, Error> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let mut server = Self::prepare()?;
+            match server.start_again() {
+                Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
+                result => return result.map(|()| server),
+            }
+        }
+    }
+
+    /// `amqp://guest:guest@127.0.0.1:PORT/%2f`.
+    pub fn url(&self) -> String {
+        format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.port)
+    }
+
+    /// The AMQP port on 127.0.0.1. It stays the same for the life of this value.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The process id of the Erlang machine while it runs.
+    pub fn pid(&self) -> Option<i32> {
+        self.process().map(|process| process.pid)
+    }
+
+    /// All the node has logged since it last started, and what it wrote to its console before it had a log.
+    pub fn log(&self) -> String {
+        read_lossy(&self.path("console.log")) + &read_lossy(&self.path("rabbit.log"))
+    }
+
+    /// Stops it in good order and waits.
+    ///
+    /// # Errors
+    /// `Late` when it still ran after a minute.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        let Some(process) = self.process() else {
+            return self.reap();
+        };
+        let doing = "stop RabbitMQ";
+        process.signal(Signal::SIGTERM).map_err(Error::io(doing))?;
+        // A frozen node would not hear it.
+        process.signal(Signal::SIGCONT).map_err(Error::io(doing))?;
+        if !gone_within(&[process], STOP_WITHIN) {
+            return Err(Error::Late { doing: doing.to_owned(), within: STOP_WITHIN, why: tail(&self.log()) });
+        }
+        self.reap()
+    }
+
+    /// SIGKILL; returns when it and its helpers are gone.
+    pub fn kill(&mut self) -> Result<(), Error> {
+        let killed = self.process().map(|beam| beam.kill_with_descendants()).transpose();
+        if killed.map_err(Error::io("kill RabbitMQ"))? == Some(false) {
+            return Err(Error::refused("kill RabbitMQ", "a child of it does not go away"));
+        }
+        self.reap()
+    }
+
+    /// Starts it on the same data and ports, and returns when it answers on its AMQP port.
+    pub fn start_again(&mut self) -> Result<(), Error> {
+        if let Some(pid) = self.pid() {
+            return Err(Error::refused("start RabbitMQ", format!("it runs already, as process {pid}")));
+        }
+        self.reap()?;
+        self.start_epmd()?;
+        // A log of an earlier start says "started" as well.
+        let _ = std::fs::rename(self.path("rabbit.log"), self.path("rabbit.log.before"));
+        let console = File::create(self.path("console.log")).map_err(Error::io("make RabbitMQ's console log"))?;
+        let errors = console.try_clone().map_err(Error::io("make RabbitMQ's console log"))?;
+        let beam = self.command(&Path::new(BIN).join("rabbitmq-server")).stdout(console).stderr(errors).spawn();
+        self.beam = Some(beam.map_err(Error::io("run rabbitmq-server"))?);
+        if let Some(process) = self.process() {
+            self.keeper.tell(process, "KILL")?;
+        }
+        self.wait_until_it_answers()
+    }
+
+    /// SIGSTOP: connections stay open, and nothing answers.
+    pub fn freeze(&self) -> Result<(), Error> {
+        self.signal(Signal::SIGSTOP, "freeze RabbitMQ")
+    }
+
+    /// SIGCONT, after [`Self::freeze`].
+    pub fn thaw(&self) -> Result<(), Error> {
+        self.signal(Signal::SIGCONT, "thaw RabbitMQ")
+    }
+
+    /// What `rabbitmqctl --quiet ARGS` against this node prints. It takes about a second: it is an Erlang machine too.
+    pub fn ctl(&self, args: &[&str]) -> Result<String, Error> {
+        let mut ctl = self.command(&Path::new(BIN).join("rabbitmqctl"));
+        let output = ctl.arg("--quiet").args(args).output().map_err(Error::io("run rabbitmqctl"))?;
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            return Ok(printed);
+        }
+        let why = printed + &String::from_utf8_lossy(&output.stderr);
+        Err(Error::refused(format!("run rabbitmqctl {}", args.join(" ")), why.trim()))
+    }
+
+    fn prepare() -> Result<Self, Error> {
+        let script = Path::new(BIN).join("rabbitmq-server");
+        if !script.is_file() {
+            let looked_for = script.display().to_string();
+            return Err(Error::Missing { server: "RabbitMQ", looked_for, remedy: REMEDY });
+        }
+        // Mode 0700, as it comes: the Erlang cookie lives in it.
+        let directory = tempfile::Builder::new().prefix("pgoutbox-rabbitmq-").tempdir();
+        let directory = directory.map_err(Error::io("make a temporary directory"))?;
+        let keeper = Keeper::of(directory.path())?;
+        let [port, distribution_port, epmd_port] = free_ports()?;
+        let node = format!("pgoutbox-{port}@localhost");
+        let server = Self { node, port, distribution_port, epmd_port, epmd: None, beam: None, directory, keeper };
+        server.write("enabled_plugins", "[].\n")?;
+        server.write("rabbitmq.conf", CONFIGURATION)?;
+        Ok(server)
+    }
+
+    fn start_epmd(&mut self) -> Result<(), Error> {
+        if self.epmd.as_ref().and_then(process_of).is_some() {
+            return Ok(());
+        }
+        let port = self.epmd_port.to_string();
+        let mut epmd = self.command(Path::new("epmd"));
+        epmd.args(["-port", &port, "-address", "127.0.0.1"]).stdout(Stdio::null()).stderr(Stdio::null());
+        let epmd = self.epmd.insert(epmd.spawn().map_err(Error::io("run epmd, which comes with Erlang"))?);
+        if let Some(process) = process_of(epmd) {
+            self.keeper.tell(process, "KILL")?;
+        }
+        // Listening before the node looks for it, or the node would start another.
+        let listens = || TcpStream::connect((Ipv4Addr::LOCALHOST, self.epmd_port)).is_ok();
+        if true_within(START_WITHIN, listens) {
+            return Ok(());
+        }
+        Err(Error::refused("start RabbitMQ", "epmd, its port mapper, does not listen"))
+    }
+
+    fn wait_until_it_answers(&mut self) -> Result<(), Error> {
+        let doing = "start RabbitMQ".to_owned();
+        let log = self.path("rabbit.log");
+        let port = self.port;
+        let mut answers = false;
+        let mut ended = false;
+        let in_time = true_within(START_WITHIN, || {
+            // Its own log as well: after a clash of ports, it is a stranger who answers.
+            answers = read_lossy(&log).contains("started TCP listener") && answers_amqp(port);
+            ended = self.beam.as_ref().and_then(process_of).is_none();
+            answers || ended
+        });
+        match (in_time, ended) {
+            (true, false) => Ok(()),
+            (true, true) => Err(Error::refused(doing, tail(&self.log()))),
+            (false, _) => Err(Error::Late { doing, within: START_WITHIN, why: tail(&self.log()) }),
+        }
+    }
+
+    /// With nothing of the caller's environment but PATH: a RABBITMQ_ or ERL_ variable of theirs means another node.
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").as_deref().unwrap_or(OsStr::new("/usr/sbin:/usr/bin:/bin")));
+        command.envs([
+            ("LANG", "C.UTF-8"),
+            // The script then becomes Erlang by exec, instead of waiting for it as a child.
+            ("RUNNING_UNDER_SYSTEMD", "true"),
+            ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1"),
+            ("ERL_EPMD_ADDRESS", "127.0.0.1"),
+            // Several nodes run side by side in tests; one scheduler per core would make each as wide as the machine.
+            (
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "+S 2:2 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            ),
+            ("RABBITMQ_CTL_ERL_ARGS", "+S 1:1 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"),
+        ]);
+        command.env("RABBITMQ_NODENAME", &self.node);
+        command.env("RABBITMQ_NODE_PORT", self.port.to_string());
+        command.env("RABBITMQ_DIST_PORT", self.distribution_port.to_string());
+        command.env("ERL_EPMD_PORT", self.epmd_port.to_string());
+        for (variable, file) in FILES {
+            command.env(variable, self.path(file));
+        }
+        command.current_dir(self.directory.path()).process_group(0).stdin(Stdio::null());
+        command
+    }
+
+    fn signal(&self, signal: Signal, doing: &str) -> Result<(), Error> {
+        let Some(process) = self.process() else {
+            return Err(Error::refused(doing, "it does not run"));
+        };
+        process.signal(signal).map_err(Error::io(doing))
+    }
+
+    fn process(&self) -> Option<Process> {
+        self.beam.as_ref().and_then(process_of)
+    }
+
+    fn reap(&mut self) -> Result<(), Error> {
+        let Some(mut beam) = self.beam.take() else {
+            return Ok(());
+        };
+        beam.wait().map(|_| ()).map_err(Error::io("wait for RabbitMQ to end"))
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.directory.path().join(file)
+    }
+
+    fn write(&self, file: &str, text: &str) -> Result<(), Error> {
+        std::fs::write(self.path(file), text).map_err(Error::io(format!("write {file}")))
+    }
+}
+
+impl Drop for RabbitMq {
+    fn drop(&mut self) {
+        let _ = self.kill();
+        if let Some(mut epmd) = self.epmd.take() {
+            let _ = epmd.kill();
+            let _ = epmd.wait();
+        }
+    }
+}
+
+/// The watermark is absolute because the default is a share of a memory that others use too. 50 MB is the lowest limit
+/// Debian documents: a nearly full disk must not turn every test into one about the disk alarm.
+const CONFIGURATION: &str = "\
+disk_free_limit.absolute = 50MB
+vm_memory_high_watermark.absolute = 1GB
+log.file.level = info
+";
+
+/// HOME holds the Erlang cookie. Without the rest, the node would read and write under /etc and /var.
+const FILES: [(&str, &str); 13] = [
+    ("HOME", ""),
+    ("RABBITMQ_MNESIA_BASE", "data"),
+    ("RABBITMQ_LOG_BASE", ""),
+    ("RABBITMQ_LOGS", "rabbit.log"),
+    ("RABBITMQ_SCHEMA_DIR", "schema"),
+    ("RABBITMQ_GENERATED_CONFIG_DIR", "config"),
+    ("RABBITMQ_CONFIG_FILE", "rabbitmq.conf"),
+    ("RABBITMQ_ADVANCED_CONFIG_FILE", "advanced.config"),
+    ("RABBITMQ_CONF_ENV_FILE", "rabbitmq-env.conf"),
+    ("RABBITMQ_ENABLED_PLUGINS_FILE", "enabled_plugins"),
+    ("RABBITMQ_PLUGINS_EXPAND_DIR", "plugins"),
+    ("RABBITMQ_PID_FILE", "rabbit.pid"),
+    ("ERL_CRASH_DUMP", "erl_crash.dump"),
+];
+
+fn process_of(child: &Child) -> Option<Process> {
+    Process::find(i32::try_from(child.id()).ok()?)
+}
+
+fn answers_amqp(port: u16) -> bool {
+    let answer = || -> std::io::Result<u8> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+        stream.set_read_timeout(Some(PROBE_WITHIN))?;
+        stream.write_all(PROTOCOL_HEADER)?;
+        let mut first = [0];
+        stream.read_exact(&mut first)?;
+        Ok(u8::from_be_bytes(first))
+    };
+    answer().is_ok_and(|first| first == FRAME_METHOD)
+}
