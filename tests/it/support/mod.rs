@@ -1,0 +1,145 @@
+//! What the tests against real servers need: servers, an outbox of one's own, the relay as a process, a consumer.
+//!
+//! The traps. A test that skips itself when a server is missing passes for ever: a missing server fails here, with the
+//! remedy. And servers are dear: tests that break nothing share one of each, with a database, slot and exchange of their own.
+
+pub(crate) mod consumer;
+pub(crate) mod load;
+pub(crate) mod relay;
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use pgoutbox::lsn::Lsn;
+use pgoutbox::servers::{Postgres, RabbitMq};
+use tokio_postgres::{Client, NoTls};
+
+/// Longer than anything here takes on a busy machine; a hang fails, it does not last.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The directory of PostgreSQL 18's programs, for `Postgres::start_from`.
+pub(crate) fn postgres_18() -> PathBuf {
+    let bin = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/servers/postgresql-18/native/bin");
+    assert!(
+        bin.join("postgres").is_file(),
+        "{} is missing: run `make test`, or scripts/install-postgres-18 once",
+        bin.display()
+    );
+    bin
+}
+
+/// One PostgreSQL for all tests that do not stop it. Its keeper removes it when the test process ends.
+pub(crate) fn shared_postgres() -> &'static Postgres {
+    static SERVER: OnceLock<Postgres> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        Postgres::start(&[("max_connections", "200"), ("max_replication_slots", "100"), ("max_wal_senders", "100")])
+            .unwrap()
+    })
+}
+
+/// One PostgreSQL 18 for all tests that do not stop it.
+pub(crate) fn shared_postgres_18() -> &'static Postgres {
+    static SERVER: OnceLock<Postgres> = OnceLock::new();
+    SERVER.get_or_init(|| Postgres::start_from(&postgres_18(), &[]).unwrap())
+}
+
+/// One RabbitMQ for all tests that do not stop or block it.
+pub(crate) fn shared_rabbitmq() -> &'static RabbitMq {
+    static SERVER: OnceLock<RabbitMq> = OnceLock::new();
+    SERVER.get_or_init(|| RabbitMq::start().unwrap())
+}
+
+/// A name that no other test has: for databases, slots, exchanges.
+pub(crate) fn unique(prefix: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("{prefix}_{}", COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// An SQL connection.
+pub(crate) async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+/// Waits for the condition.
+pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    let began = Instant::now();
+    while !condition().await {
+        assert!(began.elapsed() < PATIENCE, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A database with an outbox, and the names that its relay uses.
+pub(crate) struct Outbox {
+    pub(crate) url: String,
+    pub(crate) amqp: String,
+    /// Of the database, the slot and the exchange.
+    pub(crate) name: String,
+    pub(crate) client: Client,
+}
+
+/// The outbox of the contract, a publication and a slot.
+pub(crate) const TABLE: &str = include_str!("../../../sql/table.sql");
+
+impl Outbox {
+    /// Database, table, publication and slot, made by hand: `init` has tests of its own.
+    pub(crate) async fn create(postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
+        let outbox = Self::empty(postgres, rabbitmq).await;
+        outbox.sql(&TABLE.replace("{table}", "public.outbox")).await;
+        outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
+        outbox.create_slot().await;
+        outbox
+    }
+
+    /// A database with nothing in it.
+    pub(crate) async fn empty(postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
+        let name = unique("t");
+        connect(&postgres.url()).await.batch_execute(&format!("create database {name}")).await.unwrap();
+        let url = postgres.url_for("postgres", None, &name);
+        Self { client: connect(&url).await, url, amqp: rabbitmq.url(), name }
+    }
+
+    pub(crate) async fn create_slot(&self) {
+        self.sql(&format!("select pg_create_logical_replication_slot('{}', 'pgoutput')", self.name)).await;
+    }
+
+    pub(crate) async fn sql(&self, sql: &str) {
+        self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+
+    pub(crate) async fn text(&self, sql: &str) -> Option<String> {
+        let messages = self.client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        messages.iter().find_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+            _ => None,
+        })
+    }
+
+    /// Inserts one row of the given type and returns its id.
+    pub(crate) async fn insert(&self, kind: &str) -> String {
+        let sql = format!(
+            "insert into outbox (aggregatetype, aggregateid, type, payload) \
+             values ('order', '1', '{kind}', '{{\"a\": 1}}') returning id"
+        );
+        self.text(&sql).await.unwrap()
+    }
+
+    pub(crate) async fn confirmed(&self) -> Lsn {
+        let sql = format!("select confirmed_flush_lsn from pg_replication_slots where slot_name = '{}'", self.name);
+        self.text(&sql).await.unwrap().parse().unwrap()
+    }
+
+    pub(crate) async fn current(&self) -> Lsn {
+        self.text("select pg_current_wal_flush_lsn()").await.unwrap().parse().unwrap()
+    }
+
+    /// Waits until the slot stands at or beyond this position.
+    pub(crate) async fn wait_confirmed(&self, lsn: Lsn) {
+        eventually("the slot follows", || async { self.confirmed().await >= lsn }).await;
+    }
+}

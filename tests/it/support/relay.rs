@@ -1,0 +1,161 @@
+//! `pgoutbox run` as a process, as an operator has it: environment in, exit code, log and probes out.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{Outbox, PATIENCE};
+
+/// A running relay. Dropped: killed.
+pub(crate) struct Relay {
+    child: Child,
+    log: tempfile::NamedTempFile,
+    port: u16,
+}
+
+/// The program under test, with nothing inherited that could steer it.
+pub(crate) fn pgoutbox() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgoutbox"));
+    for (name, _) in std::env::vars() {
+        if name.starts_with("PG") || name == "DATABASE_URL" || name == "AMQP_URL" || name == "RUST_LOG" {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// The environment of a relay of this outbox.
+pub(crate) fn environment(outbox: &Outbox) -> Vec<(String, String)> {
+    [
+        ("DATABASE_URL", outbox.url.as_str()),
+        ("AMQP_URL", outbox.amqp.as_str()),
+        ("PGOUTBOX__POSTGRES__SLOT", outbox.name.as_str()),
+        ("PGOUTBOX__RABBITMQ__EXCHANGE", outbox.name.as_str()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into()
+}
+
+impl Relay {
+    pub(crate) fn start(outbox: &Outbox) -> Self {
+        Self::start_with(outbox, &[])
+    }
+
+    /// With more settings, as `section.key`.
+    pub(crate) fn start_with(outbox: &Outbox, settings: &[(&str, &str)]) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let mut command = pgoutbox();
+        command.arg("run").envs(environment(outbox)).env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{port}"));
+        for (key, value) in settings {
+            command.arg("--set").arg(format!("{key}={value}"));
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.reopen().unwrap());
+        Self { child: command.spawn().unwrap(), log, port }
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.log.path()).unwrap()
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// SIGKILL, and gone.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM; the exit code.
+    pub(crate) fn stop(self) -> i32 {
+        self.signal(Signal::SIGTERM);
+        self.exit_code()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn exit_code(mut self) -> i32 {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code().unwrap_or(-1);
+            }
+            assert!(began.elapsed() < PATIENCE, "still running:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits for its end, and returns the log as well.
+    pub(crate) fn ended(self) -> (i32, String) {
+        let path = self.log.path().to_owned();
+        let log = self.log.reopen().unwrap();
+        let code = self.exit_code();
+        let mut text = String::new();
+        let mut log = log;
+        log.read_to_string(&mut text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        (code, text)
+    }
+
+    /// Status code and body of a GET; 0 while nobody listens.
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        let mut text = String::new();
+        let asked = TcpStream::connect(("127.0.0.1", self.port)).and_then(|mut stream| {
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+            stream.read_to_string(&mut text)
+        });
+        if asked.is_err() {
+            return (0, String::new());
+        }
+        let code = text.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+        let body = text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default();
+        (code, body)
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.get("/readyz").0 == 200
+    }
+
+    /// Waits until `/readyz` says 200.
+    pub(crate) async fn ready(&self) {
+        let began = Instant::now();
+        while !self.is_ready() {
+            assert!(began.elapsed() < PATIENCE, "never ready:\n{}\n{}", self.get("/readyz").1, self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// A metric's value.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").1;
+        let line = text.lines().find(|line| line.split(' ').next() == Some(name));
+        line.and_then(|line| line.split(' ').nth(1)).and_then(|value| value.parse().ok()).unwrap_or(f64::NAN)
+    }
+
+    /// Resident memory's high-water mark in KiB, by the kernel.
+    pub(crate) fn peak_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // Already gone after `exit_code`.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of the relay\n{}", self.log());
+        }
+    }
+}
