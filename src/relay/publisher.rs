@@ -94,7 +94,8 @@ pub(super) struct Settling {
 
 /// The second station.
 pub(super) struct Publisher<'a, K> {
-    pub(super) sink: K,
+    /// Borrowed: receipts live no longer than their sink, and the settler goes on when the publisher is done.
+    pub(super) sink: &'a mut K,
     pub(super) items: mpsc::Receiver<Read>,
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,

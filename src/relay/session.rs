@@ -71,7 +71,7 @@ fn note_contention(error: &Error, progress: &mut Progress) {
 
 /// The three stations, the watch beside them, and the two ways to end.
 async fn stream<S: super::Source, K: crate::sink::Sink>(
-    sink: K,
+    mut sink: K,
     opened: Opened<S>,
     mapping: &Mapping,
     settings: &Settings,
@@ -96,7 +96,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         feedback: Feedback::new(opened.start),
     };
     let window = Window::new(settings);
-    let publisher = Publisher { sink, items: items_out, runs: runs_in, window, metrics, cautious };
+    let publisher = Publisher { sink: &mut sink, items: items_out, runs: runs_in, window, metrics, cautious };
     let confirm_timeout = settings.confirm_timeout;
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {

@@ -2,6 +2,8 @@
 // clippy.toml lifts these inside tests; their helper functions are tests as well.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
+mod crashes;
 mod delivery;
+mod feedback;
 mod servers;
 mod support;

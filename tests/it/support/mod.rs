@@ -5,6 +5,7 @@
 
 pub(crate) mod consumer;
 pub(crate) mod load;
+pub(crate) mod proxy;
 pub(crate) mod relay;
 
 use std::future::Future;

@@ -1,0 +1,136 @@
+//! What Postgres is told: never more than the broker has confirmed, and all of that.
+//!
+//! The traps pull in opposite directions: telling a position too early loses rows, telling it too late fills the disk. Both
+//! are tested here, together.
+
+use std::time::Duration;
+
+use pgoutbox::servers::{Postgres, RabbitMq};
+
+use crate::support::consumer::Consumer;
+use crate::support::load::Writers;
+use crate::support::proxy::AckProxy;
+use crate::support::relay::Relay;
+use crate::support::{Outbox, connect, eventually, shared_postgres, shared_rabbitmq};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn confirms_nothing_before_the_broker_does_and_a_crash_then_loses_nothing() {
+    let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let proxy = AckProxy::start(shared_rabbitmq().port()).await;
+    let direct = std::mem::replace(&mut outbox.amqp, proxy.url());
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    outbox.insert("before").await;
+    consumer.wait_distinct(1).await;
+    outbox.wait_confirmed(outbox.current().await).await;
+
+    proxy.hold(true);
+    let before = outbox.current().await;
+    outbox.insert("held").await;
+    // Other WAL goes on: keepalives must not carry the slot past the held row.
+    outbox.sql("create table noise as select generate_series(1, 100000) n").await;
+    consumer.wait_distinct(2).await;
+    for _ in 0..100 {
+        let confirmed = outbox.confirmed().await;
+        assert!(confirmed <= before, "{confirmed} was told while the row at {before} was not confirmed");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(relay.metric("pgoutbox_in_flight_messages") > 0.0);
+    relay.kill();
+    outbox.amqp = direct;
+    let relay = Relay::start(&outbox);
+    eventually("the held row comes again", || async { consumer.count() == 3 }).await;
+    assert_eq!(consumer.received()[2].id, consumer.received()[1].id);
+    outbox.wait_confirmed(outbox.current().await).await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
+    // A short timeout: the server asks for a reply in the middle of the transaction.
+    let mut postgres = Postgres::start(&[("wal_sender_timeout", "2s")]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let proxy = AckProxy::start(shared_rabbitmq().port()).await;
+    outbox.amqp = proxy.url();
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    proxy.hold(true);
+    let before = outbox.current().await;
+    let rows = 60_000;
+    outbox
+        .sql(&format!(
+            "insert into outbox (aggregatetype, aggregateid, type, payload) \
+             select 'order', n::text, 'placed', '{{}}' from generate_series(1, {rows}) n"
+        ))
+        .await;
+    consumer.wait_distinct(100).await;
+    // The stream stays open far beyond the server's timeout while the channel is full, and tells nothing new.
+    let pid = outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
+    for _ in 0..40 {
+        assert!(outbox.confirmed().await <= before);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let after = outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
+    assert_eq!(pid, after, "the server took a busy relay for dead");
+    relay.kill();
+    postgres.kill().unwrap();
+    postgres.start_again().unwrap();
+    let outbox = Outbox { client: connect(&outbox.url).await, ..outbox };
+    proxy.hold(false);
+    let relay = Relay::start(&outbox);
+    consumer.wait_distinct(rows).await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_stops_fast_whatever_the_broker_does() {
+    let mut postgres = Postgres::start(&[]).unwrap();
+    let mut rabbitmq = RabbitMq::start().unwrap();
+    let outbox = Outbox::create(&postgres, &rabbitmq).await;
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    let within = Duration::from_secs(5);
+    for state in ["up", "blocked", "frozen", "down"] {
+        let outbox = Outbox {
+            client: connect(&outbox.url).await,
+            url: outbox.url.clone(),
+            amqp: outbox.amqp.clone(),
+            name: outbox.name.clone(),
+        };
+        eventually("ready again", || async { relay.is_ready() }).await;
+        let writers = Writers::start(&outbox, 2, usize::MAX >> 1, 50, fastrand::u64(..));
+        let before = consumer.count();
+        eventually("messages flow", || async { consumer.count() > before + 100 }).await;
+        match state {
+            "blocked" => {
+                rabbitmq.ctl(&["set_vm_memory_high_watermark", "0.000001"]).unwrap();
+                eventually("blocked", || async { relay.metric("pgoutbox_broker_blocked") == 1.0 }).await;
+            }
+            "frozen" => rabbitmq.freeze().unwrap(),
+            "down" => rabbitmq.stop().unwrap(),
+            _ => {}
+        }
+        // Something unconfirmed is certainly there.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let took = postgres.stop("fast", within);
+        let took = took.unwrap_or_else(|error| panic!("{state}: {error}\n{}", relay.log()));
+        println!("broker {state}: stopped in {took:?}");
+        writers.stop().await;
+        match state {
+            "blocked" => drop(rabbitmq.ctl(&["set_vm_memory_high_watermark", "0.4"]).unwrap()),
+            "frozen" => rabbitmq.thaw().unwrap(),
+            "down" => rabbitmq.start_again().unwrap(),
+            _ => {}
+        }
+        postgres.start_again().unwrap();
+    }
+    let outbox = Outbox { client: connect(&outbox.url).await, ..outbox };
+    let rows: usize = outbox.text("select count(*) from outbox").await.unwrap().parse().unwrap();
+    consumer.wait_distinct(rows).await;
+    assert_eq!(relay.stop(), 0);
+}
