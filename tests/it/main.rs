@@ -5,5 +5,6 @@
 mod crashes;
 mod delivery;
 mod feedback;
+mod memory;
 mod servers;
 mod support;
