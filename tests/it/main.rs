@@ -7,4 +7,5 @@ mod delivery;
 mod feedback;
 mod memory;
 mod servers;
+mod simulation;
 mod support;
