@@ -68,12 +68,14 @@ async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
         .await;
     consumer.wait_distinct(100).await;
     // The stream stays open far beyond the server's timeout while the channel is full, and tells nothing new.
-    let pid = outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
+    let pid =
+        outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
     for _ in 0..40 {
         assert!(outbox.confirmed().await <= before);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let after = outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
+    let after =
+        outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
     assert_eq!(pid, after, "the server took a busy relay for dead");
     relay.kill();
     postgres.kill().unwrap();

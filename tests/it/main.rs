@@ -8,4 +8,6 @@ mod feedback;
 mod memory;
 mod servers;
 mod simulation;
+mod sink;
 mod support;
+mod tidy;

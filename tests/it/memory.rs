@@ -24,7 +24,8 @@ async fn count(outbox: &Outbox, counted: Arc<AtomicUsize>) {
     let (connection, channel) = consumer::channel(&outbox.amqp).await;
     channel.basic_qos(500, BasicQosOptions::default()).await.unwrap();
     let options = BasicConsumeOptions::default();
-    let mut deliveries = channel.basic_consume(queue.as_str().into(), "".into(), options, FieldTable::default()).await.unwrap();
+    let mut deliveries =
+        channel.basic_consume(queue.as_str().into(), "".into(), options, FieldTable::default()).await.unwrap();
     tokio::spawn(async move {
         let _connection = connection;
         let mut last = None;

@@ -81,8 +81,11 @@ impl Database for FakeDatabase {
             allowed: BTreeSet::from([start.get(), confirmed]),
             told: 0,
         };
-        let tables =
-            Tables { outbox: [wire::OUTBOX].into(), name: ("public".to_owned(), "outbox".to_owned()), ..Tables::default() };
+        let tables = Tables {
+            outbox: [wire::OUTBOX].into(),
+            name: ("public".to_owned(), "outbox".to_owned()),
+            ..Tables::default()
+        };
         Ok(Opened { source, watch, tables, identity, start, silence_max: SILENCE_MAX })
     }
 }

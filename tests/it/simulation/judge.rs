@@ -253,7 +253,11 @@ fn lost(truth: &[&String], first: &[&String]) -> Result<(), String> {
     let (truth, first): (BTreeSet<_>, BTreeSet<_>) = (truth.iter().collect(), first.iter().collect());
     let missing: Vec<_> = truth.difference(&first).collect();
     let phantoms: Vec<_> = first.difference(&truth).collect();
-    if missing.is_empty() && phantoms.is_empty() { Ok(()) } else { Err(format!("missing {missing:?}, phantoms {phantoms:?}")) }
+    if missing.is_empty() && phantoms.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("missing {missing:?}, phantoms {phantoms:?}"))
+    }
 }
 
 /// First deliveries come in commit order. A refusal in the middle of a window may reorder what follows it, and only that:
