@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinSet, block_in_place, spawn_blocking};
 use tokio::time::{Instant, sleep, timeout};
 
-use self::relay::Relay;
+use self::relay::{Obstacle, Relay};
 use self::screen::Screen;
 use self::tally::Tally;
 use self::text::{grouped, now_us};
@@ -62,7 +62,7 @@ struct Demo {
     postgres: Postgres,
     rabbitmq: RabbitMq,
     relay: Relay,
-    obstacle: watch::Receiver<Option<String>>,
+    obstacle: watch::Receiver<Option<Obstacle>>,
     producers: JoinSet<Result<(), tokio_postgres::Error>>,
 }
 
@@ -91,7 +91,7 @@ pub(super) async fn run(arguments: &Arguments) -> Result<(), Error> {
     screen.say(&format!("PostgreSQL on port {postgres_port}, RabbitMQ on port {rabbitmq_port}, after {took:.1} s"));
 
     let relay = Relay::new(postgres.url(), rabbitmq.url())?;
-    let (obstacle_sender, obstacle) = watch::channel(Some("starting".to_owned()));
+    let (obstacle_sender, obstacle) = watch::channel(Some(Obstacle::starting()));
     let (tally, producers) = (Arc::default(), JoinSet::new());
     let mut demo = Demo { screen: screen.clone(), tally, interrupts, postgres, rabbitmq, relay, obstacle, producers };
     let verdict = demo.play(Duration::from_secs(arguments.seconds), obstacle_sender).await;
@@ -101,7 +101,7 @@ pub(super) async fn run(arguments: &Arguments) -> Result<(), Error> {
 }
 
 impl Demo {
-    async fn play(&mut self, time: Duration, obstacle: watch::Sender<Option<String>>) -> Result<(), Error> {
+    async fn play(&mut self, time: Duration, obstacle: watch::Sender<Option<Obstacle>>) -> Result<(), Error> {
         self.start_relay().await?;
         let (stop_consumers, stopped) = watch::channel(false);
         let mut consumers = JoinSet::new();
@@ -129,7 +129,7 @@ impl Demo {
         let _ = timeout(CLOSED_WITHIN, async { while consumers.join_next().await.is_some() {} }).await;
         view.shutdown().await;
         self.screen.draw(Vec::new());
-        self.screen.say(&format!("SIGTERM to the relay: exit 0 after {:.1} s", took.as_secs_f64()));
+        self.screen.say(&format!("SIGTERM to the relay: exit 0 after {:.2} s", took.as_secs_f64()));
 
         let (missing, phantom) = locked(&self.tally).differences(&committed);
         let findings = Findings { outbox_rows: everything, business_rows, missing, phantom, outage };
@@ -149,8 +149,8 @@ impl Demo {
 
     async fn until_ready(&mut self) -> Result<(), Error> {
         self.until(READY_WITHIN, |demo| demo.obstacle.borrow().is_none()).await?;
-        match self.obstacle.borrow().as_deref() {
-            Some(reason) if self.interrupted() == 0 => {
+        match self.obstacle.borrow().as_ref() {
+            Some(Obstacle { reason, .. }) if self.interrupted() == 0 => {
                 Err(self.relay.failed(&format!("the relay was not ready within {READY_WITHIN:?}: {reason}")))
             }
             _ => Ok(()),
@@ -202,7 +202,8 @@ impl Demo {
             self.screen.say(&format!("{} messages still wait, {took:.1} s after its return", grouped(left)));
         }
         let margin = u64::try_from(IN_FLIGHT.as_micros()).unwrap_or_default();
-        Ok(Outage { written_us: (begun_us.saturating_sub(margin), now_us()), lasted: back - begun, waited })
+        let written_us = (begun_us.saturating_sub(margin), now_us());
+        Ok(Outage { written_us, lasted: back - begun, caught_up_after: back.elapsed() })
     }
 
     fn judge(&self, findings: &Findings) -> Result<(), Error> {

@@ -140,17 +140,32 @@ impl Drop for Relay {
     }
 }
 
-/// What keeps the relay from being ready, by its own `/readyz`; the last reason is the most precise one.
-pub(super) async fn obstacle(http_port: u16) -> Option<String> {
-    match timeout(PROBE_WITHIN, probe(http_port)).await {
-        Ok(Ok(answer)) => answer,
-        // It listens a moment after its start.
-        Ok(Err(_)) => Some("starting".to_owned()),
-        Err(_) => Some("does not answer".to_owned()),
+/// What keeps the relay from being ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Obstacle {
+    /// For a column of them.
+    pub(super) short: &'static str,
+    /// The relay's own words.
+    pub(super) reason: String,
+}
+
+impl Obstacle {
+    pub(super) fn starting() -> Self {
+        Self { short: "starting", reason: String::new() }
     }
 }
 
-async fn probe(http_port: u16) -> std::io::Result<Option<String>> {
+/// By the relay's own `/readyz`.
+pub(super) async fn obstacle(http_port: u16) -> Option<Obstacle> {
+    match timeout(PROBE_WITHIN, probe(http_port)).await {
+        Ok(Ok(answer)) => answer,
+        // It listens a moment after its start.
+        Ok(Err(_)) => Some(Obstacle::starting()),
+        Err(_) => Some(Obstacle { short: "not ready", reason: "it does not answer".to_owned() }),
+    }
+}
+
+async fn probe(http_port: u16) -> std::io::Result<Option<Obstacle>> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, http_port)).await?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await?;
     let mut answer = String::new();
@@ -158,14 +173,17 @@ async fn probe(http_port: u16) -> std::io::Result<Option<String>> {
     Ok(read(&answer))
 }
 
-fn read(answer: &str) -> Option<String> {
+fn read(answer: &str) -> Option<Obstacle> {
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer, ""));
     if head.split_whitespace().nth(1) == Some("200") {
         return None;
     }
     let body: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
-    let reasons = body.get("reasons").and_then(|reasons| reasons.as_array()?.last()?.as_str());
-    Some(reasons.unwrap_or("not ready, and does not say why").to_owned())
+    // The last reason is the most precise one.
+    let reason = body.get("reasons").and_then(|reasons| reasons.as_array()?.last()?.as_str());
+    let reason = reason.unwrap_or("it does not say why").to_owned();
+    let short = if reason.contains("broker") { "waiting for the broker" } else { "not ready" };
+    Some(Obstacle { short, reason })
 }
 
 fn process_of(child: &Child) -> Option<Process> {
@@ -185,8 +203,9 @@ mod tests {
     fn the_most_precise_reason_is_the_last() {
         let body = r#"{"ready":false,"reasons":["no stream from Postgres","the broker went"]}"#;
         let answer = format!("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 1\r\n\r\n{body}\n");
-        assert_eq!(read(&answer).as_deref(), Some("the broker went"));
+        let obstacle = read(&answer).unwrap();
+        assert_eq!((obstacle.short, obstacle.reason.as_str()), ("waiting for the broker", "the broker went"));
         assert_eq!(read("HTTP/1.1 200 OK\r\n\r\n{\"ready\":true,\"reasons\":[]}"), None);
-        assert_eq!(read("").as_deref(), Some("not ready, and does not say why"));
+        assert_eq!(read("").unwrap().short, "not ready");
     }
 }

@@ -10,8 +10,8 @@ use crate::lsn::Lsn;
 
 /// Enough to show that messages flow, few enough to read.
 const LAST_MAX: usize = 4;
-/// Some seconds of messages: the latency on the screen is that of now.
-const RECENT_MAX: usize = 1_000;
+/// About a second of messages: the latency on the screen is that of now.
+const RECENT_MAX: usize = 300;
 
 /// What a consumer was given.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ pub(super) struct Tally {
     pub(super) committed: u64,
     pub(super) rolled_back: u64,
     pub(super) deliveries: u64,
+    /// The most that ever waited at a time.
+    pub(super) waited_max: u64,
     received: HashSet<String>,
     /// By queue: the position and the number of the last first delivery.
     reached: HashMap<&'static str, ((Lsn, u64), u64)>,
@@ -56,6 +58,7 @@ impl Tally {
     pub(super) fn commit(&mut self, rows: u64) {
         self.transactions += 1;
         self.committed += rows;
+        self.waited_max = self.waited_max.max(self.waiting());
     }
 
     pub(super) fn roll_back(&mut self, rows: u64) {
@@ -130,7 +133,7 @@ impl Tally {
 
     pub(super) fn one_line(&self) -> String {
         format!(
-            "committed {}, rolled back {}, received {}, waiting {}, duplicates {}, {}, {}",
+            "committed {}  rolled back {}  received {}  waiting {}  duplicates {}  {}  {}",
             grouped(self.committed),
             grouped(self.rolled_back),
             grouped(self.distinct()),

@@ -9,13 +9,12 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, interval};
 
+use super::relay::{self, Obstacle};
 use super::screen::{Colour, Screen};
 use super::text::grouped;
-use super::{Tally, locked, relay};
+use super::{Tally, locked};
 
 const DRAW_EVERY: Duration = Duration::from_millis(100);
-/// Without a terminal a line stays, so there are fewer.
-const SAY_EVERY: Duration = Duration::from_secs(1);
 
 /// The broker's absence.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +22,7 @@ pub(super) struct Outage {
     /// Messages written in this time, microseconds since 1970, waited for the broker.
     pub(super) written_us: (u64, u64),
     pub(super) lasted: Duration,
-    pub(super) waited: u64,
+    pub(super) caught_up_after: Duration,
 }
 
 /// What the end is judged by.
@@ -36,36 +35,37 @@ pub(super) struct Findings {
     pub(super) outage: Option<Outage>,
 }
 
-/// Draws for ever, and asks the relay whether it is ready.
+/// Draws for ever, and asks the relay whether it is ready. Without a terminal, where lines stay, one a second.
 pub(super) async fn watch_all(
     screen: Arc<Screen>,
     tally: Arc<Mutex<Tally>>,
     http_port: u16,
-    obstacle: watch::Sender<Option<String>>,
+    obstacle: watch::Sender<Option<Obstacle>>,
 ) {
     let begun = Instant::now();
     let mut ticks = interval(DRAW_EVERY);
-    let mut said = Instant::now();
+    let mut said = 0;
     loop {
         ticks.tick().await;
         let now = relay::obstacle(http_port).await;
         obstacle.send_replace(now.clone());
+        let second = begun.elapsed().as_secs();
         if screen.is_live() {
-            let lines = lines(&screen, &locked(&tally), now.as_deref(), begun.elapsed());
+            let lines = lines(&screen, &locked(&tally), now.as_ref(), second);
             screen.draw(lines);
-        } else if said.elapsed() >= SAY_EVERY {
-            said = Instant::now();
-            let relay = now.map_or_else(|| "relay ready".to_owned(), |reason| format!("relay not ready: {reason}"));
+        } else if second > said {
+            said = second;
+            let relay = now.map_or("ready", |obstacle| obstacle.short);
             let tally = locked(&tally).one_line();
-            screen.say(&format!("  {:>3} s  {tally}, {relay}", begun.elapsed().as_secs()));
+            screen.say(&format!("  {second:>3} s  {tally}  relay {relay}"));
         }
     }
 }
 
-fn lines(screen: &Screen, tally: &Tally, obstacle: Option<&str>, elapsed: Duration) -> Vec<String> {
+fn lines(screen: &Screen, tally: &Tally, obstacle: Option<&Obstacle>, second: u64) -> Vec<String> {
     let relay = match obstacle {
         None => screen.coloured(Colour::Green, "ready"),
-        Some(reason) => screen.coloured(Colour::Yellow, &format!("not ready: {reason}")),
+        Some(Obstacle { short, reason }) => format!("{}  {reason}", screen.coloured(Colour::Yellow, short)),
     };
     let order = match &tally.fault {
         None => screen.coloured(Colour::Green, tally.order()),
@@ -80,7 +80,7 @@ fn lines(screen: &Screen, tally: &Tally, obstacle: Option<&str>, elapsed: Durati
     let (received, duplicates) = (grouped(tally.distinct()), grouped(tally.duplicates()));
     let mut lines = vec![
         String::new(),
-        format!("  {:>4} s       relay {relay}", elapsed.as_secs()),
+        format!("  {second:>4} s       relay {relay}"),
         format!("  committed    {committed:<9} rolled back {rolled_back}"),
         format!("  received     {received:<9} duplicates {duplicates}, {order}"),
         format!("  waiting      {waiting}"),
@@ -107,8 +107,9 @@ pub(super) fn summary(tally: &Tally, findings: &Findings) -> Vec<String> {
         format!("order        {}", tally.fault.as_deref().unwrap_or("as committed, in both queues")),
     ];
     if let Some(outage) = outage {
-        let (seconds, waited) = (outage.lasted.as_secs_f64(), grouped(outage.waited));
-        lines.push(format!("outage       {seconds:.1} s without a broker; {waited} messages waited in Postgres"));
+        let (seconds, after) = (outage.lasted.as_secs_f64(), outage.caught_up_after.as_secs_f64());
+        lines.push(format!("outage       {seconds:.1} s without a broker, caught up {after:.1} s after its return"));
+        lines.push(format!("             up to {} messages waited in Postgres", grouped(tally.waited_max)));
     }
     let latency = tally.latency_without(outage.map(|outage| outage.written_us));
     let excluded = if outage.is_some() { ", the outage left out" } else { "" };
