@@ -95,6 +95,8 @@ pub(super) async fn run(arguments: &Arguments) -> Result<(), Error> {
     let (tally, producers) = (Arc::default(), JoinSet::new());
     let mut demo = Demo { screen: screen.clone(), tally, interrupts, postgres, rabbitmq, relay, obstacle, producers };
     let verdict = demo.play(Duration::from_secs(arguments.seconds), obstacle_sender).await;
+    // Before their database goes: a service that is surprised by that says so.
+    demo.producers.shutdown().await;
     block_in_place(|| drop(demo));
     screen.say("servers, relay and their files are gone");
     verdict
@@ -122,13 +124,13 @@ impl Demo {
             self.screen.say("interrupted; nothing is judged");
             return Ok(());
         }
+        view.shutdown().await;
+        self.screen.draw(Vec::new());
         let took = self.relay.stop().await?;
         // The last look, for what must not come: a phantom would stand in a queue by now.
         let _ = timeout(CLOSED_WITHIN, consumer::until_empty(&self.rabbitmq.url())).await;
         stop_consumers.send_replace(true);
         let _ = timeout(CLOSED_WITHIN, async { while consumers.join_next().await.is_some() {} }).await;
-        view.shutdown().await;
-        self.screen.draw(Vec::new());
         self.screen.say(&format!("SIGTERM to the relay: exit 0 after {:.2} s", took.as_secs_f64()));
 
         let (missing, phantom) = locked(&self.tally).differences(&committed);
@@ -225,7 +227,12 @@ impl Demo {
         if counts.iter().any(|count| count != outbox_rows) {
             problems.push(format!("outbox rows, business rows and commits differ: {counts:?}"));
         }
-        if problems.is_empty() { Ok(()) } else { Err(self.relay.failed(&problems.join("; "))) }
+        if !problems.is_empty() {
+            return Err(self.relay.failed(&problems.join("; ")));
+        }
+        self.screen.say("What was committed was received, in commit order, and nothing else was.");
+        self.screen.say("With your own servers: set DATABASE_URL and AMQP_URL, then pgoutbox init, check, run.");
+        Ok(())
     }
 
     fn interrupted(&self) -> u32 {
