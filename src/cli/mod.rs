@@ -1,6 +1,7 @@
 //! The verbs, one file each, and the road from arguments to an exit code.
 
 mod check;
+mod demo;
 mod drop;
 mod init;
 mod run;
@@ -70,6 +71,8 @@ enum Verb {
     Status(status::Arguments),
     /// Print messages as they commit, through a temporary slot
     Tail,
+    /// Watch it work: throw-away Postgres and RabbitMQ, services on both sides, a broker that goes away
+    Demo(demo::Arguments),
     /// Remove slot and publication
     Drop(drop::Arguments),
 }
@@ -109,6 +112,7 @@ async fn dispatch(arguments: &Arguments) -> Result<(), Error> {
         Verb::Run(arguments) => run::run(arguments, load(common, &arguments.flags(), Needs::Both)?).await,
         Verb::Status(arguments) => status::run(arguments, &load(common, &[], Needs::Postgres)?).await,
         Verb::Tail => tail::run(&load(common, &[], Needs::Postgres)?).await,
+        Verb::Demo(arguments) => demo::run(arguments).await,
         Verb::Drop(arguments) => drop::run(arguments, &load(common, &[], Needs::Postgres)?).await,
     }
 }
@@ -125,7 +129,7 @@ fn load(common: &Common, flags: &[(String, String)], needs: Needs) -> Result<Con
 
 fn report(error: &Error) -> ExitCode {
     let code = error.exit_code();
-    if matches!(error, Error::Config(_) | Error::Found(_)) {
+    if matches!(error, Error::Config(_) | Error::Found(_) | Error::Servers(_) | Error::Demo(_)) {
         eprintln!("pgoutbox: {error}");
     } else {
         tracing::error!(exit_code = code as u8, "{}", explain(error));

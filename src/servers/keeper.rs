@@ -39,12 +39,12 @@ until rm -rf "$directory" || [ $tries -ge 50 ]; do tries=$((tries + 1)); sleep 0
 "#;
 
 #[derive(Debug)]
-pub(super) struct Keeper {
+pub(crate) struct Keeper {
     shell: Child,
 }
 
 impl Keeper {
-    pub(super) fn of(directory: &Path) -> Result<Self, Error> {
+    pub(crate) fn of(directory: &Path) -> Result<Self, Error> {
         let shell = Command::new("/bin/sh")
             .args(["-c", SCRIPT, "pgoutbox-keeper"])
             .arg(directory)
@@ -60,7 +60,7 @@ impl Keeper {
     }
 
     /// `signal` is what ends this process in good order, by its name without SIG.
-    pub(super) fn tell(&mut self, process: Process, signal: &str) -> Result<(), Error> {
+    pub(crate) fn tell(&mut self, process: Process, signal: &str) -> Result<(), Error> {
         let Some(pipe) = self.shell.stdin.as_mut() else {
             return Ok(());
         };

@@ -19,7 +19,9 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::time::Duration;
 
+pub(crate) use keeper::Keeper;
 pub use postgres::Postgres;
+pub(crate) use process::Process;
 pub use rabbitmq::RabbitMq;
 
 /// Two programs may pick the same port between our look and the server's bind; each further attempt picks anew.
@@ -83,7 +85,7 @@ impl Error {
 }
 
 /// Ports on loopback, all different, free a moment ago, and outside the ephemeral range (see the module).
-fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
+pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
     let mut held = Vec::with_capacity(N);
     while held.len() < N {
         held.push(free_port().map_err(Error::io("find a free port on 127.0.0.1"))?);

@@ -18,10 +18,10 @@ const POLL: Duration = Duration::from_millis(5);
 const ORPHANS_LEAVE_WITHIN: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Process {
-    pub(super) pid: i32,
+pub(crate) struct Process {
+    pub(crate) pid: i32,
     /// Clock ticks since boot.
-    pub(super) started: u64,
+    pub(crate) started: u64,
 }
 
 struct Status {
@@ -32,7 +32,7 @@ struct Status {
 
 impl Process {
     /// The process that has this id now.
-    pub(super) fn find(pid: i32) -> Option<Self> {
+    pub(crate) fn find(pid: i32) -> Option<Self> {
         let status = status(pid)?;
         (!status.zombie).then_some(Self { pid, started: status.started })
     }
@@ -42,7 +42,7 @@ impl Process {
     }
 
     /// Does nothing to a process that is gone.
-    pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
+    pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
         if !self.is_running() {
             return Ok(());
         }

@@ -4,6 +4,7 @@
 
 mod crashes;
 mod delivery;
+mod demo;
 mod feedback;
 mod memory;
 mod servers;

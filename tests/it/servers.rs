@@ -35,7 +35,7 @@ fn query(url: &str, sql: &str) -> Result<String, tokio_postgres::Error> {
 }
 
 /// Processes that have to do with a directory, as `PID COMMAND`.
-fn processes_of(directory: &Path) -> Vec<String> {
+pub(crate) fn processes_of(directory: &Path) -> Vec<String> {
     let needle = directory.to_str().unwrap().as_bytes();
     let holds = |bytes: Vec<u8>| bytes.windows(needle.len()).any(|window| window == needle);
     let pids = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
