@@ -51,7 +51,7 @@ impl Broker for Configured {
     async fn open(&mut self) -> Result<AnySink, sink::Error> {
         Ok(match &self.sink {
             SinkSettings::RabbitMq(settings) => {
-                AnySink::RabbitMq(RabbitMq::open(settings, self.metrics.clone()).await?)
+                AnySink::RabbitMq(Box::new(RabbitMq::open(settings, self.metrics.clone()).await?))
             }
             SinkSettings::Stdout => AnySink::Stdout(Stdout::open()),
         })

@@ -163,7 +163,7 @@ impl Error {
 /// Every broker there is.
 pub enum AnySink {
     /// AMQP 0-9-1.
-    RabbitMq(RabbitMq),
+    RabbitMq(Box<RabbitMq>),
     /// One JSON line a message.
     Stdout(Stdout),
 }
