@@ -265,15 +265,34 @@ mod tests {
         }
     }
 
+    /// The broker answers while the run is still being queued: the third message's confirm carries the first one's return,
+    /// completes before it, and stands behind it in the order of polling.
     #[tokio::test]
     async fn all_that_is_ready_is_looked_at_before_anything_is_told() {
-        let mut session = Session::start().await;
-        // In one step of the broker: the carrier completes first, then all messages up to the returned one.
-        session.ack(7, Some(0));
-        session.ack(0, None);
-        let (settled, failure) = session.progress().await;
-        assert_eq!(settled, 0);
-        assert!(failure.unwrap().contains("message 0 was refused"));
+        let (sender, mut progress) = watch::channel(Progress::default());
+        let (runs, incoming) = mpsc::unbounded_channel();
+        let (mut confirms, mut receivers): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel()).unzip();
+        let answer = |confirm: oneshot::Sender<Outcome>, returned| {
+            confirm.send(Outcome { verdict: Verdict::Acked, returned }).unwrap();
+        };
+        let refusal = Refusal::Unroutable { exchange: "e".to_owned(), routing_key: "k".to_owned() };
+        let (third, _second, first) = (confirms.pop().unwrap(), confirms.pop().unwrap(), confirms.pop().unwrap());
+        let last = async move {
+            answer(third, Some(Returned { id: "0".to_owned(), refusal }));
+            answer(first, None);
+            std::future::pending().await
+        };
+        let mut run: Vec<Publish> = Vec::new();
+        for (number, receiver) in receivers.drain(..).enumerate() {
+            let confirmed = receiver.map(|outcome| outcome.unwrap_or_else(|_| unreachable!("answered or pending")));
+            run.push(Publish { id: number.to_string(), publish: Box::pin(confirmed) });
+        }
+        run.push(Publish { id: "last".to_owned(), publish: Box::pin(last) });
+        runs.send(run).unwrap_or_else(|_| unreachable!("the ledger receives"));
+        tokio::spawn(Ledger::new(sender).keep(incoming));
+        let told = progress.wait_for(|progress| progress.settled > 0 || progress.failure.is_some()).await.unwrap();
+        assert_eq!(told.settled, 0);
+        assert!(told.failure.as_ref().unwrap().to_string().contains("message 0 was refused"));
     }
 
     #[tokio::test]
