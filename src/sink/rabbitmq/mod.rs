@@ -248,7 +248,13 @@ fn broken(error: &lapin::Error) -> Error {
 
 /// What lapin says, with a remedy where the broker's code tells one. Never a URI, never a body.
 fn explain(error: &lapin::Error) -> String {
-    let text = error.to_string();
+    let text = match error.kind() {
+        // lapin's words for a channel or connection that is gone.
+        lapin::ErrorKind::InvalidChannelState(..) | lapin::ErrorKind::InvalidConnectionState(_) => {
+            "the broker closed the connection".to_owned()
+        }
+        _ => error.to_string(),
+    };
     match amqp_code(error) {
         Some(403) => format!("{text}. Remedy: check user, password, vhost and permissions of rabbitmq.url"),
         Some(406) if text.contains("larger than") => {

@@ -3,11 +3,16 @@
 //! Every key stands once, in [`KEYS`]. The trap: a misspelt key that is ignored is a default that nobody chose, so unknown
 //! keys are faults, wherever they come from. No message repeats a value of a secret key.
 
+mod raw;
+mod values;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use self::raw::Raw;
+use self::values::{bytes, duration, exchange, name, qualified, slot};
 use crate::outbox::{ColumnNames, Mapping, Template};
 use crate::pg;
 use crate::pg::catalog::Names;
@@ -116,7 +121,7 @@ impl Config {
     /// # Errors
     /// Every fault, each with the key's full name.
     pub fn load(sources: &Sources<'_>, needs: Needs) -> Result<Self, Vec<String>> {
-        let mut raw = Raw { values: BTreeMap::new(), faults: Vec::new(), environment: &sources.environment };
+        let mut raw = Raw::new(&sources.environment);
         raw.read_file(sources.file);
         raw.read_environment();
         for (name, value) in &sources.flags {
@@ -131,134 +136,7 @@ impl Config {
     }
 }
 
-/// Values by key, before they are understood, and what is wrong with them.
-struct Raw<'a> {
-    values: BTreeMap<&'static str, String>,
-    faults: Vec<String>,
-    environment: &'a BTreeMap<String, String>,
-}
-
 impl Raw<'_> {
-    fn read_file(&mut self, path: Option<&Path>) {
-        let Some(path) = path else { return };
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) => return self.fault(format!("file {}: {error}", path.display())),
-        };
-        match text.parse::<toml::Table>() {
-            Ok(table) => self.read_table("", &table),
-            // toml's own message would show the line, which may hold a secret.
-            Err(error) => {
-                let line =
-                    error.span().map_or(0, |span| text.get(..span.start).map_or(0, |t| t.lines().count().max(1)));
-                self.fault(format!("file {}, line {line}: {}", path.display(), error.message()));
-            }
-        }
-    }
-
-    fn read_table(&mut self, section: &str, table: &toml::Table) {
-        for (name, value) in table {
-            let name = if section.is_empty() { name.clone() } else { format!("{section}.{name}") };
-            let text = match value {
-                toml::Value::Table(table) => {
-                    self.read_table(&name, table);
-                    continue;
-                }
-                toml::Value::String(text) => self.interpolate(&name, text),
-                toml::Value::Integer(number) => number.to_string(),
-                toml::Value::Boolean(value) => value.to_string(),
-                _ => {
-                    self.fault(format!("{name}: a text, a whole number or true/false is needed"));
-                    continue;
-                }
-            };
-            self.set(&name, text, "file");
-        }
-    }
-
-    /// Replaces `${VAR}`.
-    fn interpolate(&mut self, name: &str, text: &str) -> String {
-        let mut result = String::new();
-        let mut rest = text;
-        while let Some((before, after)) = rest.split_once("${") {
-            let Some((variable, tail)) = after.split_once('}') else {
-                self.fault(format!("{name}: `${{` without `}}`"));
-                return result;
-            };
-            result.push_str(before);
-            match self.environment.get(variable) {
-                Some(value) => result.push_str(value),
-                None => self.fault(format!("{name}: environment variable {variable} is not set")),
-            }
-            rest = tail;
-        }
-        result.push_str(rest);
-        result
-    }
-
-    fn read_environment(&mut self) {
-        const PREFIX: &str = "PGOUTBOX__";
-        for (variable, value) in self.environment {
-            if let Some(name) = variable.strip_prefix(PREFIX) {
-                let name = name.to_ascii_lowercase().replace("__", ".");
-                self.set(&name, value.clone(), variable);
-            }
-        }
-    }
-
-    fn set(&mut self, name: &str, value: String, origin: &str) {
-        if let Some(key) = KEYS.iter().find(|key| key.name == name) {
-            self.values.insert(key.name, value);
-            return;
-        }
-        let file_of = name.strip_suffix("_file").and_then(|base| KEYS.iter().find(|key| key.name == base));
-        match file_of.filter(|key| key.is_secret) {
-            Some(key) => match std::fs::read_to_string(&value) {
-                Ok(secret) => {
-                    self.values.insert(key.name, secret.trim_end().to_owned());
-                }
-                Err(error) => self.fault(format!("{name}: {value}: {error}")),
-            },
-            None => {
-                let near = KEYS.iter().map(|key| key.name).min_by_key(|key| distance(key, name));
-                let hint = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
-                self.fault(format!("{name}: unknown key (from {origin}){hint}"));
-            }
-        }
-    }
-
-    fn fault(&mut self, fault: String) {
-        self.faults.push(fault);
-    }
-
-    fn text(&self, name: &str) -> String {
-        let default = || KEYS.iter().find(|key| key.name == name).map(|key| key.default.to_owned());
-        self.values.get(name).cloned().or_else(default).unwrap_or_default()
-    }
-
-    fn optional(&self, name: &str) -> Option<String> {
-        Some(self.text(name)).filter(|text| !text.is_empty())
-    }
-
-    fn parsed<T>(&mut self, name: &str, fallback: T, parse: impl Fn(&str) -> Result<T, String>) -> T {
-        parse(&self.text(name)).unwrap_or_else(|problem| {
-            self.fault(format!("{name}: {problem}"));
-            fallback
-        })
-    }
-
-    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names.
-    fn ambient(&mut self, name: &'static str, variable: &str) {
-        if self.values.contains_key(name) {
-            return;
-        }
-        if let Some(value) = self.environment.get(variable) {
-            self.values.insert(name, value.clone());
-        } else if let Some(path) = self.environment.get(&format!("{variable}_FILE")).cloned() {
-            self.set(&format!("{name}_file"), path, variable);
-        }
-    }
-
     fn check(mut self, needs: Needs) -> Result<Config, Vec<String>> {
         self.ambient("postgres.url", "DATABASE_URL");
         self.ambient("rabbitmq.url", "AMQP_URL");
@@ -379,91 +257,6 @@ impl Raw<'_> {
     }
 }
 
-/// Postgres' own rule for slot names.
-fn slot(text: &str) -> Result<String, String> {
-    let legal = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
-    match text {
-        text if (1..=63).contains(&text.len()) && text.chars().all(legal) => Ok(text.to_owned()),
-        _ => Err("a slot's name has 1 to 63 of the characters a-z, 0-9 and _".to_owned()),
-    }
-}
-
-fn name(text: &str) -> Result<String, String> {
-    match text {
-        text if (1..=63).contains(&text.len()) && !text.contains('\0') => Ok(text.to_owned()),
-        _ => Err("a name has 1 to 63 bytes".to_owned()),
-    }
-}
-
-/// An exchange that a row's routing key could turn into any queue's name is refused.
-fn exchange(text: &str) -> Result<String, String> {
-    match text {
-        "" => Err("the default exchange would let a row choose any queue by name; name an exchange".to_owned()),
-        text if text.len() > 255 => Err("an exchange's name has at most 255 bytes".to_owned()),
-        text => Ok(text.to_owned()),
-    }
-}
-
-/// `schema.table`, as SQL reads it: folded to lower case unless quoted.
-fn qualified(text: &str) -> Result<(String, String), String> {
-    let wrong =
-        || "a table such as public.outbox is needed; quote what is not lower case: \"Shop\".\"Outbox\"".to_owned();
-    let mut parts = Vec::new();
-    let mut rest = text;
-    loop {
-        let (part, tail) = match rest.strip_prefix('"') {
-            Some(quoted) => {
-                let (part, tail) = quoted.split_once('"').ok_or_else(wrong)?;
-                (part.to_owned(), tail)
-            }
-            None => {
-                let end = rest.find('.').unwrap_or(rest.len());
-                let (part, tail) = rest.split_at(end);
-                (part.to_ascii_lowercase(), tail)
-            }
-        };
-        name(&part).map_err(|_| wrong())?;
-        parts.push(part);
-        match tail.strip_prefix('.') {
-            Some(tail) => rest = tail,
-            None if tail.is_empty() => break,
-            None => return Err(wrong()),
-        }
-    }
-    match <[String; 2]>::try_from(parts) {
-        Ok([schema, table]) => Ok((schema, table)),
-        Err(parts) if parts.len() == 1 => Ok(("public".to_owned(), parts.into_iter().next().unwrap_or_default())),
-        Err(_) => Err(wrong()),
-    }
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|_| "a duration such as 30s, 500ms or 2min is needed".to_owned())
-}
-
-fn bytes(text: &str, max: u64) -> Result<u64, String> {
-    let wrong = || format!("a size such as 8MiB, from 1 byte to {}, is needed", bytesize::ByteSize(max));
-    let size = text.parse::<bytesize::ByteSize>().map_err(|_| wrong())?.as_u64();
-    if (1..=max).contains(&size) { Ok(size) } else { Err(wrong()) }
-}
-
-/// Edit distance, for "did you mean".
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, left) in a.chars().enumerate() {
-        let mut previous = i;
-        let mut next = vec![i + 1];
-        for (right, above) in b.chars().zip(row.iter().skip(1)) {
-            let cost = previous + usize::from(left != right);
-            let beside = next.last().copied().unwrap_or_default() + 1;
-            next.push(cost.min(above + 1).min(beside));
-            previous = *above;
-        }
-        row = next;
-    }
-    row.last().copied().unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -558,17 +351,6 @@ mod tests {
         assert_eq!(rabbitmq.uris[0].authority.userinfo.password, "s3cret");
         let faults = load(&[URLS[0]], Some(file.path()), &[]).unwrap_err();
         assert!(faults[0].contains("SECRET is not set"), "{faults:?}");
-    }
-
-    #[test]
-    fn tables_are_read_as_sql_reads_them() {
-        let pair = |schema: &str, table: &str| Ok((schema.to_owned(), table.to_owned()));
-        assert_eq!(qualified("Outbox"), pair("public", "outbox"));
-        assert_eq!(qualified("shop.Outbox"), pair("shop", "outbox"));
-        assert_eq!(qualified("\"Shop.1\".\"Out\""), pair("Shop.1", "Out"));
-        for wrong in ["", ".", "a.", ".b", "a.b.c", "\"a", "\"a\"b"] {
-            assert!(qualified(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

@@ -1,0 +1,142 @@
+//! Where values come from: flags, environment, file; by key, before they are understood.
+//!
+//! The trap: TOML's own error message shows the line, which may hold a secret.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::KEYS;
+use super::values::distance;
+
+/// Values by key, before they are understood, and what is wrong with them.
+pub(super) struct Raw<'a> {
+    values: BTreeMap<&'static str, String>,
+    pub(super) faults: Vec<String>,
+    pub(super) environment: &'a BTreeMap<String, String>,
+}
+
+impl<'a> Raw<'a> {
+    pub(super) fn new(environment: &'a BTreeMap<String, String>) -> Self {
+        Self { values: BTreeMap::new(), faults: Vec::new(), environment }
+    }
+
+    pub(super) fn read_file(&mut self, path: Option<&Path>) {
+        let Some(path) = path else { return };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) => return self.fault(format!("file {}: {error}", path.display())),
+        };
+        match text.parse::<toml::Table>() {
+            Ok(table) => self.read_table("", &table),
+            // toml's own message would show the line, which may hold a secret.
+            Err(error) => {
+                let line =
+                    error.span().map_or(0, |span| text.get(..span.start).map_or(0, |t| t.lines().count().max(1)));
+                self.fault(format!("file {}, line {line}: {}", path.display(), error.message()));
+            }
+        }
+    }
+
+    fn read_table(&mut self, section: &str, table: &toml::Table) {
+        for (name, value) in table {
+            let name = if section.is_empty() { name.clone() } else { format!("{section}.{name}") };
+            let text = match value {
+                toml::Value::Table(table) => {
+                    self.read_table(&name, table);
+                    continue;
+                }
+                toml::Value::String(text) => self.interpolate(&name, text),
+                toml::Value::Integer(number) => number.to_string(),
+                toml::Value::Boolean(value) => value.to_string(),
+                _ => {
+                    self.fault(format!("{name}: a text, a whole number or true/false is needed"));
+                    continue;
+                }
+            };
+            self.set(&name, text, "file");
+        }
+    }
+
+    /// Replaces `${VAR}`.
+    fn interpolate(&mut self, name: &str, text: &str) -> String {
+        let mut result = String::new();
+        let mut rest = text;
+        while let Some((before, after)) = rest.split_once("${") {
+            let Some((variable, tail)) = after.split_once('}') else {
+                self.fault(format!("{name}: `${{` without `}}`"));
+                return result;
+            };
+            result.push_str(before);
+            match self.environment.get(variable) {
+                Some(value) => result.push_str(value),
+                None => self.fault(format!("{name}: environment variable {variable} is not set")),
+            }
+            rest = tail;
+        }
+        result.push_str(rest);
+        result
+    }
+
+    pub(super) fn read_environment(&mut self) {
+        const PREFIX: &str = "PGOUTBOX__";
+        for (variable, value) in self.environment {
+            if let Some(name) = variable.strip_prefix(PREFIX) {
+                let name = name.to_ascii_lowercase().replace("__", ".");
+                self.set(&name, value.clone(), variable);
+            }
+        }
+    }
+
+    pub(super) fn set(&mut self, name: &str, value: String, origin: &str) {
+        if let Some(key) = KEYS.iter().find(|key| key.name == name) {
+            self.values.insert(key.name, value);
+            return;
+        }
+        let file_of = name.strip_suffix("_file").and_then(|base| KEYS.iter().find(|key| key.name == base));
+        match file_of.filter(|key| key.is_secret) {
+            Some(key) => match std::fs::read_to_string(&value) {
+                Ok(secret) => {
+                    self.values.insert(key.name, secret.trim_end().to_owned());
+                }
+                Err(error) => self.fault(format!("{name}: {value}: {error}")),
+            },
+            None => {
+                let near = KEYS.iter().map(|key| key.name).min_by_key(|key| distance(key, name));
+                let hint = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
+                self.fault(format!("{name}: unknown key (from {origin}){hint}"));
+            }
+        }
+    }
+
+    pub(super) fn fault(&mut self, fault: String) {
+        self.faults.push(fault);
+    }
+
+    pub(super) fn text(&self, name: &str) -> String {
+        let default = || KEYS.iter().find(|key| key.name == name).map(|key| key.default.to_owned());
+        self.values.get(name).cloned().or_else(default).unwrap_or_default()
+    }
+
+    pub(super) fn optional(&self, name: &str) -> Option<String> {
+        Some(self.text(name)).filter(|text| !text.is_empty())
+    }
+
+    pub(super) fn parsed<T>(&mut self, name: &str, fallback: T, parse: impl Fn(&str) -> Result<T, String>) -> T {
+        parse(&self.text(name)).unwrap_or_else(|problem| {
+            self.fault(format!("{name}: {problem}"));
+            fallback
+        })
+    }
+
+    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names.
+    pub(super) fn ambient(&mut self, name: &'static str, variable: &str) {
+        if self.values.contains_key(name) {
+            return;
+        }
+        if let Some(value) = self.environment.get(variable) {
+            self.values.insert(name, value.clone());
+        } else if let Some(path) = self.environment.get(&format!("{variable}_FILE")).cloned() {
+            self.set(&format!("{name}_file"), path, variable);
+        }
+    }
+}

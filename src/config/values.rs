@@ -1,0 +1,106 @@
+//! Texts become values, or a sentence about what is needed instead.
+//!
+//! The trap: a number without a unit means something else to everyone, so durations and sizes name theirs.
+
+use std::time::Duration;
+
+/// Postgres' own rule for slot names.
+pub(super) fn slot(text: &str) -> Result<String, String> {
+    let legal = |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_';
+    match text {
+        text if (1..=63).contains(&text.len()) && text.chars().all(legal) => Ok(text.to_owned()),
+        _ => Err("a slot's name has 1 to 63 of the characters a-z, 0-9 and _".to_owned()),
+    }
+}
+
+pub(super) fn name(text: &str) -> Result<String, String> {
+    match text {
+        text if (1..=63).contains(&text.len()) && !text.contains('\0') => Ok(text.to_owned()),
+        _ => Err("a name has 1 to 63 bytes".to_owned()),
+    }
+}
+
+/// An exchange that a row's routing key could turn into any queue's name is refused.
+pub(super) fn exchange(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("the default exchange would let a row choose any queue by name; name an exchange".to_owned()),
+        text if text.len() > 255 => Err("an exchange's name has at most 255 bytes".to_owned()),
+        text => Ok(text.to_owned()),
+    }
+}
+
+/// `schema.table`, as SQL reads it: folded to lower case unless quoted.
+pub(super) fn qualified(text: &str) -> Result<(String, String), String> {
+    let wrong =
+        || "a table such as public.outbox is needed; quote what is not lower case: \"Shop\".\"Outbox\"".to_owned();
+    let mut parts = Vec::new();
+    let mut rest = text;
+    loop {
+        let (part, tail) = match rest.strip_prefix('"') {
+            Some(quoted) => {
+                let (part, tail) = quoted.split_once('"').ok_or_else(wrong)?;
+                (part.to_owned(), tail)
+            }
+            None => {
+                let end = rest.find('.').unwrap_or(rest.len());
+                let (part, tail) = rest.split_at(end);
+                (part.to_ascii_lowercase(), tail)
+            }
+        };
+        name(&part).map_err(|_| wrong())?;
+        parts.push(part);
+        match tail.strip_prefix('.') {
+            Some(tail) => rest = tail,
+            None if tail.is_empty() => break,
+            None => return Err(wrong()),
+        }
+    }
+    match <[String; 2]>::try_from(parts) {
+        Ok([schema, table]) => Ok((schema, table)),
+        Err(parts) if parts.len() == 1 => Ok(("public".to_owned(), parts.into_iter().next().unwrap_or_default())),
+        Err(_) => Err(wrong()),
+    }
+}
+
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "a duration such as 30s, 500ms or 2min is needed".to_owned())
+}
+
+pub(super) fn bytes(text: &str, max: u64) -> Result<u64, String> {
+    let wrong = || format!("a size such as 8MiB, from 1 byte to {}, is needed", bytesize::ByteSize(max));
+    let size = text.parse::<bytesize::ByteSize>().map_err(|_| wrong())?.as_u64();
+    if (1..=max).contains(&size) { Ok(size) } else { Err(wrong()) }
+}
+
+/// Edit distance, for "did you mean".
+pub(super) fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, left) in a.chars().enumerate() {
+        let mut previous = i;
+        let mut next = vec![i + 1];
+        for (right, above) in b.chars().zip(row.iter().skip(1)) {
+            let cost = previous + usize::from(left != right);
+            let beside = next.last().copied().unwrap_or_default() + 1;
+            next.push(cost.min(above + 1).min(beside));
+            previous = *above;
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_read_as_sql_reads_them() {
+        let pair = |schema: &str, table: &str| Ok((schema.to_owned(), table.to_owned()));
+        assert_eq!(qualified("Outbox"), pair("public", "outbox"));
+        assert_eq!(qualified("shop.Outbox"), pair("shop", "outbox"));
+        assert_eq!(qualified("\"Shop.1\".\"Out\""), pair("Shop.1", "Out"));
+        for wrong in ["", ".", "a.", ".b", "a.b.c", "\"a", "\"a\"b"] {
+            assert!(qualified(wrong).is_err(), "{wrong}");
+        }
+    }
+}
