@@ -127,8 +127,9 @@ pub enum Error {
     Sink(#[from] sink::Error),
     /// The slot is somewhere else than where we left it.
     #[error(
-        "replication slot {slot} stands at {found}, but this relay told Postgres {told} at most: the slot was re-created, or \
-         someone else moved it. Remedy: reconcile from the table what was committed between the two, then restart"
+        "replication slot {slot} stands at {found}, but this relay told Postgres {told} at most: the slot was \
+         re-created, or someone else moved it. Remedy: reconcile from the table what was committed between the two, then \
+         restart"
     )]
     Moved {
         /// The slot.

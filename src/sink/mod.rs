@@ -91,8 +91,8 @@ pub enum Error {
     },
     /// The message can never be taken as it is.
     #[error(
-        "message {id} cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such rows; the \
-         row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction with \
+        "message {id} cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such rows; \
+         the row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction with \
          pg_replication_slot_advance"
     )]
     Undeliverable {

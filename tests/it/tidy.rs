@@ -131,3 +131,13 @@ fn tidy_nothing_is_left_open_without_a_reason() {
         }
     }
 }
+
+#[test]
+fn tidy_the_readme_lists_every_setting_as_it_is() {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    for key in &pgoutbox::config::KEYS {
+        let default = if key.default.is_empty() { String::new() } else { format!("`{}`", key.default) };
+        let row = format!("| `{}` | {default} | {} |", key.name, key.help);
+        assert!(readme.contains(&row), "README.md lacks this row:\n{row}");
+    }
+}
