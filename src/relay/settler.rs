@@ -37,7 +37,15 @@ impl Settler<'_> {
         if let Some(receipt) = run.receipt {
             self.metrics.oldest(run.committed_at.first().copied());
             let late = sink::Error::Timeout { during: "confirming", after: self.confirm_timeout };
-            timeout(self.confirm_timeout, receipt).await.unwrap_or(Err(late))?;
+            let mut receipt = receipt;
+            loop {
+                match timeout(self.confirm_timeout, &mut receipt).await {
+                    Ok(settled) => break settled?,
+                    // An alarm can last for hours. Leaving would not help, and coming back would publish once more.
+                    Err(_) if self.metrics.is_blocked() => {}
+                    Err(_) => return Err(late.into()),
+                }
+            }
             self.count(&run.committed_at, run.bytes);
         }
         let mut progress = progress::lock(self.progress);

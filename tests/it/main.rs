@@ -7,6 +7,7 @@ mod delivery;
 mod demo;
 mod feedback;
 mod memory;
+mod outages;
 mod servers;
 mod simulation;
 mod sink;

@@ -3,7 +3,8 @@
 //! Why it is right although lapin misplaces returns: the broker sends a message's return before its ack, and lapin gives a
 //! waiting return to the next confirm that it completes. When a message's own confirm completes without its return, the
 //! return was therefore given to one that completed *earlier*, and that one is ready by now. So [`Ledger::keep`] looks at
-//! all that is ready before it tells anything, and returns are matched by `message_id`, never by whose confirm they came with.
+//! all that is ready before it tells anything, and returns are matched by `message_id`, never by whose confirm they came
+//! with.
 //! For that it must know every message that the broker could know: the ledger itself begins each publish, so that none is
 //! under way before it stands here.
 
@@ -53,6 +54,13 @@ pub(super) struct Returned {
 pub(super) struct Progress {
     settled: u64,
     failure: Option<Error>,
+}
+
+impl Progress {
+    /// Whether the session is sound and the broker holds the first `last` messages of it.
+    pub(super) fn is_settled(&self, last: u64) -> bool {
+        self.failure.is_none() && self.settled >= last
+    }
 }
 
 /// Settles when the broker holds the first `last` messages of the session.

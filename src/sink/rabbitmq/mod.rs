@@ -6,6 +6,7 @@
 //! returns are matched by `message_id`, and nothing counts as settled before every confirm that is ready has been looked at:
 //! see `ledger`. Library recovery stays off: only the relay knows from where to publish again.
 
+mod connect;
 mod ledger;
 mod wire;
 
@@ -22,6 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use self::connect::{Leash, connect};
 use self::ledger::{Ledger, Outcome, Progress, Publish, Returned, Verdict, receipt};
 use self::wire::{header_bytes, properties, short};
 use super::{Error, Receipt, Refusal, Sink};
@@ -67,14 +69,20 @@ pub struct RabbitMq {
     runs: mpsc::UnboundedSender<Vec<Publish>>,
     progress: watch::Receiver<Progress>,
     watchers: [JoinHandle<()>; 2],
-    // Last: its drop closes the connection, when nothing uses it any more.
+    // Its drop closes the connection, when nothing uses it any more.
     _connection: Connection,
+    leash: Option<Leash>,
 }
 
 impl Drop for RabbitMq {
     fn drop(&mut self) {
         for watcher in &self.watchers {
             watcher.abort();
+        }
+        // With messages in flight the socket goes at once: what stands in it must not arrive later than need be.
+        let is_settled = self.progress.borrow().is_settled(self.published);
+        if let Some(leash) = self.leash.take().filter(|_| is_settled) {
+            leash.release();
         }
     }
 }
@@ -99,9 +107,7 @@ impl RabbitMq {
         let mut uri = uri.clone();
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
         let properties = ConnectionProperties::default().with_connection_name("pgoutbox".into());
-        let unreachable = |error: lapin::Error| Error::Unreachable { host: host(&uri), problem: explain(&error) };
-        let opened = answer("connecting", Connection::connect_uri(uri.clone(), properties)).await?;
-        let connection = opened.map_err(unreachable)?;
+        let (connection, leash) = connect(&uri, properties).await?;
         let blocked = tokio::spawn(watch_blocked(connection.events_listener(), metrics.clone()));
         let channel = rpc("opening a channel", connection.create_channel()).await?;
         let exchange = short(&settings.exchange)?;
@@ -121,6 +127,7 @@ impl RabbitMq {
             progress,
             watchers: [blocked, tokio::spawn(Ledger::new(sender).keep(incoming))],
             _connection: connection,
+            leash: Some(leash),
         })
     }
 

@@ -1,0 +1,60 @@
+//! Long outages of the broker: the relay waits, and waiting costs nothing that grows.
+//!
+//! The trap: an attempt that fails looks free, and leaves a thread or a socket behind that only a night of them shows.
+
+use std::time::Duration;
+
+use pgoutbox::servers::RabbitMq;
+
+use crate::support::consumer::Consumer;
+use crate::support::relay::Relay;
+use crate::support::{Outbox, eventually, shared_postgres};
+
+fn count(relay: &Relay, what: &str) -> usize {
+    std::fs::read_dir(format!("/proc/{}/{what}", relay.pid())).unwrap().count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_at_a_frozen_broker_leave_no_thread_and_no_socket_behind() {
+    let rabbitmq = RabbitMq::start().unwrap();
+    let outbox = Outbox::create(shared_postgres(), &rabbitmq).await;
+    let consumer = Consumer::start(&outbox).await;
+    rabbitmq.freeze().unwrap();
+    let relay = Relay::start(&outbox);
+    let failed = |sessions: f64| {
+        let relay = &relay;
+        move || async move { relay.metric("pgoutbox_sessions_total{end=\"broker\"}") >= sessions }
+    };
+    eventually("a first attempt fails", failed(1.0)).await;
+    let (threads, files) = (count(&relay, "task"), count(&relay, "fd"));
+    eventually("more attempts fail", failed(4.0)).await;
+    // One attempt may be under way.
+    assert!(count(&relay, "task") <= threads + 1, "{threads} threads, now {}", count(&relay, "task"));
+    assert!(count(&relay, "fd") <= files + 3, "{files} files, now {}", count(&relay, "fd"));
+    outbox.insert("placed").await;
+    rabbitmq.thaw().unwrap();
+    consumer.wait_distinct(1).await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alarm_is_waited_out_in_one_session_and_costs_no_duplicate() {
+    let rabbitmq = RabbitMq::start().unwrap();
+    let outbox = Outbox::create(shared_postgres(), &rabbitmq).await;
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start_with(&outbox, &[("rabbitmq.confirm_timeout", "2s")]);
+    relay.ready().await;
+    rabbitmq.ctl(&["set_vm_memory_high_watermark", "0.000001"]).unwrap();
+    for _ in 0..50 {
+        outbox.insert("placed").await;
+    }
+    eventually("blocked", || async { relay.metric("pgoutbox_broker_blocked") == 1.0 }).await;
+    assert!(relay.get("/readyz").1.contains("blocks publishers"));
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    rabbitmq.ctl(&["set_vm_memory_high_watermark", "0.4"]).unwrap();
+    let received = consumer.wait_distinct(50).await;
+    assert_eq!(received.len(), 50, "duplicates");
+    relay.ready().await;
+    assert!(relay.metric("pgoutbox_sessions_total{end=\"broker\"}").is_nan(), "{}", relay.log());
+    assert_eq!(relay.stop(), 0);
+}
