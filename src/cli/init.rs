@@ -19,7 +19,8 @@ pub(super) struct Arguments {
 pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
     let sql = Sql::new(config);
     if arguments.print_sql {
-        for part in [&sql.table, &sql.publication, &sql.slot, &sql.roles] {
+        // A slot cannot be made in a transaction that wrote, and a tool may send all of this as one.
+        for part in ["begin;", &sql.table, &sql.publication, "commit;\n", &sql.slot, &sql.roles] {
             println!("{part}");
         }
         return Ok(());

@@ -84,11 +84,7 @@ pub enum Error {
         remedy: String,
     },
     /// A row that no broker could take as it is.
-    #[error(
-        "{position} (id {id}) cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such \
-         rows; the row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction \
-         with pg_replication_slot_advance"
-    )]
+    #[error("{position} (id {id}) cannot be delivered: {problem}")]
     Row {
         /// Which row.
         position: Position,

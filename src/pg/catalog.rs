@@ -361,14 +361,12 @@ fn slot(row: &Row) -> Result<Slot, Error> {
 impl World {
     /// What keeps a relay from running here, each with its remedy. Pure, so that `check` and `run` cannot disagree.
     pub fn findings(&self, names: &Names) -> Vec<Finding> {
-        let mut findings = Findings(Vec::new());
-        self.server_findings(&mut findings);
-        self.slot_findings(names, &mut findings);
-        self.table_findings(names, &mut findings);
-        findings.0
+        [self.server_findings(), self.slot_findings(names), self.table_findings(names)].concat()
     }
 
-    fn server_findings(&self, findings: &mut Findings) {
+    /// Version, settings and the role's privileges.
+    pub fn server_findings(&self) -> Vec<Finding> {
+        let mut findings = Findings(Vec::new());
         if self.version < VERSION_MIN {
             let problem = format!("the server is PostgreSQL {}", self.version / 10_000);
             findings.add(problem, "use PostgreSQL 14 or later");
@@ -386,17 +384,21 @@ impl World {
                 format!("ALTER ROLE {role} REPLICATION (managed services have a role to grant instead)"),
             );
         }
+        findings.0
     }
 
-    fn slot_findings(&self, names: &Names, findings: &mut Findings) {
+    /// The slot: not for who brings a slot of its own.
+    pub fn slot_findings(&self, names: &Names) -> Vec<Finding> {
+        let mut findings = Findings(Vec::new());
         let name = &names.slot;
         let recreate = format!("SELECT pg_drop_replication_slot({}); then run `pgoutbox init`", literal(name));
         let Some(slot) = &self.slot else {
-            return findings.add(
+            findings.add(
                 format!("replication slot {name} does not exist in this cluster"),
                 "run `pgoutbox init`. If the slot existed before, rows committed since it went are not in the stream: \
                  reconcile them from the table",
             );
+            return findings.0;
         };
         if slot.temporary {
             findings.add(format!("replication slot {name} is temporary"), recreate.as_str());
@@ -430,9 +432,12 @@ impl World {
                 recreate.as_str(),
             );
         }
+        findings.0
     }
 
-    fn table_findings(&self, names: &Names, findings: &mut Findings) {
+    /// Table and publication.
+    pub fn table_findings(&self, names: &Names) -> Vec<Finding> {
+        let mut findings = Findings(Vec::new());
         let (table_name, publication_name) = (names.qualified(), identifier(&names.publication));
         match &self.table {
             None => findings.add(
@@ -445,11 +450,12 @@ impl World {
             Some(_) => {}
         }
         let Some(publication) = &self.publication else {
-            return findings.add(
+            findings.add(
                 format!("publication {} does not exist in database {}", names.publication, self.database),
                 "run `pgoutbox init`. If the slot is older than the publication, rows committed before it are not in the \
                  stream: reconcile them from the table",
             );
+            return findings.0;
         };
         if !publication.inserts {
             findings.add(
@@ -457,7 +463,7 @@ impl World {
                 format!("ALTER PUBLICATION {publication_name} SET (publish = 'insert')"),
             );
         }
-        let Some(table) = &self.table else { return };
+        let Some(table) = &self.table else { return findings.0 };
         let announced = if publication.via_root { vec![table.oid] } else { table.leaves.clone() };
         let covering: Vec<&Published> =
             publication.tables.iter().filter(|published| announced.contains(&published.oid)).collect();
@@ -476,6 +482,7 @@ impl World {
                 format!("ALTER PUBLICATION {publication_name} SET TABLE {table_name}"),
             );
         }
+        findings.0
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::time::{Instant, interval, sleep, timeout};
 use super::{Database, Error, Opened, Progress, Source, Watch};
 use crate::metrics::Metrics;
 use crate::outbox::{Mapping, Tables};
-use crate::pg::catalog::{Control, Names, Slot, World};
+use crate::pg::catalog::{Control, Names, Slot, World, identifier};
 use crate::pg::pgoutput::Column;
 use crate::pg::replication::{Event, Replication, Status, Stream};
 use crate::pg::{self, Finding, Settings};
@@ -56,14 +56,27 @@ impl Postgres {
     /// Of the connection.
     pub async fn findings(&self, world: &World) -> Vec<Finding> {
         let mut findings = world.findings(&self.names);
-        if world.table.is_some() && world.publication.is_some() {
-            let streamed = world.streamed_columns().into_iter();
-            let columns: Vec<Column> = streamed.map(|(name, type_id)| Column { name, type_id }).collect();
-            if let Err(crate::outbox::Error::Columns { table, problem, remedy }) = self.mapping.layout(&columns) {
-                findings.push(Finding { problem: format!("table {table}: {problem}"), remedy });
-            }
+        if let (Some(table), Some(_)) = (&world.table, &world.publication) {
+            findings.extend(self.column_finding(&table.columns, &world.streamed_columns()));
         }
         findings
+    }
+
+    /// What the columns lack. Where only the publication leaves one out, altering the table would not help.
+    fn column_finding(&self, all: &[(String, u32)], streamed: &[(String, u32)]) -> Option<Finding> {
+        let layout = |columns: &[(String, u32)]| {
+            let column = |(name, type_id): &(String, u32)| Column { name: name.clone(), type_id: *type_id };
+            self.mapping.layout(&columns.iter().map(column).collect::<Vec<_>>())
+        };
+        let Err(crate::outbox::Error::Columns { table, problem, remedy }) = layout(streamed) else { return None };
+        if layout(all).is_err() {
+            return Some(Finding { problem: format!("table {table}: {problem}"), remedy });
+        }
+        let publication = &self.names.publication;
+        Some(Finding {
+            problem: format!("publication {publication} leaves out columns of {table} by a column list: {problem}"),
+            remedy: format!("ALTER PUBLICATION {} SET TABLE {table}", identifier(publication)),
+        })
     }
 
     async fn inspect(&self, control: &Control) -> Result<World, pg::Error> {

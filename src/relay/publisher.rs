@@ -14,9 +14,9 @@ use super::reader::Read;
 use super::{Error, Settings};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
-use crate::outbox::{Item, Message, Position};
+use crate::outbox::{self, Item, Message, Position};
 use crate::retry::Retry;
-use crate::sink::{Receipt, Sink};
+use crate::sink::{self, Receipt, Sink};
 
 /// Messages in one run: enough that a run's fixed cost vanishes, few enough that the first ones do not wait.
 const RUN_MESSAGES: usize = 256;
@@ -143,6 +143,9 @@ impl<K: Sink> Publisher<'_, K> {
             match first {
                 Item::Checkpoint(lsn) => run.checkpoint = Some(lsn),
                 Item::Message(position, message) => {
+                    if let Err(error) = self.sink.admit(&message) {
+                        return Ok(Some(at(position, error)));
+                    }
                     let share = self.window.take(&message).await;
                     run.add(position, message, share);
                 }
@@ -158,15 +161,19 @@ impl<K: Sink> Publisher<'_, K> {
         }
     }
 
-    /// Takes what is there, as long as the window has room. Returns a message that found none.
+    /// Takes what is there, as long as the window has room. Returns a message that found none, or that can never go: the
+    /// next run begins with it, and what was before it is on its way.
     fn gather(&mut self, run: &mut Run) -> Option<Item> {
         while run.messages.len() < RUN_MESSAGES {
             match self.items.try_recv().ok()?.item {
                 Item::Checkpoint(lsn) => run.checkpoint = Some(lsn),
-                Item::Message(position, message) => match self.window.try_take(&message) {
-                    Some(share) => run.add(position, message, share),
-                    None => return Some(Item::Message(position, message)),
-                },
+                Item::Message(position, message) => {
+                    let share = self.sink.admit(&message).ok().and_then(|()| self.window.try_take(&message));
+                    match share {
+                        Some(share) => run.add(position, message, share),
+                        None => return Some(Item::Message(position, message)),
+                    }
+                }
             }
         }
         None
@@ -203,5 +210,13 @@ impl<K: Sink> Publisher<'_, K> {
             self.sink.check().await?;
         }
         Ok(())
+    }
+}
+
+/// What no broker can take is a row's fault, and only here is known which row's.
+fn at(position: Position, error: sink::Error) -> Error {
+    match error {
+        sink::Error::Undeliverable { id, problem } => outbox::Error::Row { position, id, problem }.into(),
+        error => error.into(),
     }
 }

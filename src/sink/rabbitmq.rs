@@ -129,30 +129,10 @@ impl RabbitMq {
             _connection: connection,
         })
     }
-
-    /// What cannot be sent at all, before anything of it is.
-    fn admit(&self, message: &Message) -> Result<(), Error> {
-        let header_bytes = header_bytes(message);
-        let body = message.body.len() as u64;
-        let problem = if body > self.message_bytes_max {
-            format!(
-                "its body has {body} bytes; the broker takes {} (rabbitmq.message_bytes_max)",
-                self.message_bytes_max
-            )
-        } else if header_bytes > self.header_bytes_max {
-            format!("its headers have about {header_bytes} bytes; one frame takes {}", self.header_bytes_max)
-        } else {
-            return Ok(());
-        };
-        Err(Error::Undeliverable { id: message.id.clone(), problem })
-    }
 }
 
 impl Sink for RabbitMq {
     async fn publish(&mut self, run: Vec<Message>) -> Result<Receipt, Error> {
-        for message in &run {
-            self.admit(message)?;
-        }
         let mut sending = Vec::with_capacity(run.len());
         for message in &run {
             let properties = properties(message, table(&message.headers))?;
@@ -190,6 +170,22 @@ impl Sink for RabbitMq {
             let _ = self.confirms.send(Published { id: message.id, confirm });
         }
         Ok(receipt(self.progress.clone(), self.published))
+    }
+
+    fn admit(&self, message: &Message) -> Result<(), Error> {
+        let header_bytes = header_bytes(message);
+        let body = message.body.len() as u64;
+        let problem = if body > self.message_bytes_max {
+            format!(
+                "its body has {body} bytes; the broker takes {} (rabbitmq.message_bytes_max)",
+                self.message_bytes_max
+            )
+        } else if header_bytes > self.header_bytes_max {
+            format!("its headers have about {header_bytes} bytes; one frame takes {}", self.header_bytes_max)
+        } else {
+            return Ok(());
+        };
+        Err(Error::Undeliverable { id: message.id.clone(), problem })
     }
 
     async fn check(&mut self) -> Result<(), Error> {
