@@ -124,8 +124,18 @@ impl Run {
 }
 
 impl<K: Sink> Publisher<'_, K> {
-    /// Publishes until the channel ends. Returns a message's own impossibility, after which the rest settles in peace.
+    /// Publishes until the channel ends, and keeps the broker's session until all of it has settled. Returns a message's own
+    /// impossibility, after which the rest settles in peace.
     pub(super) async fn run(mut self) -> Result<Option<Error>, Error> {
+        let reason = self.publish_all().await?;
+        // The reader hears that no more is wanted.
+        self.items.close();
+        // The confirms come through this session: dropped now, it would take them along.
+        self.window.empty().await;
+        Ok(reason)
+    }
+
+    async fn publish_all(&mut self) -> Result<Option<Error>, Error> {
         let mut held = None;
         loop {
             let mut run = Run::default();

@@ -3,5 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 mod delivery;
+mod rows;
 mod servers;
+mod stops;
 mod support;
+mod verbs;
