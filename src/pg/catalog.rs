@@ -71,7 +71,7 @@ impl Drop for Control {
 }
 
 /// What the catalog says about everything a relay depends on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct World {
     /// `server_version_num`.
     pub version: i32,
@@ -94,7 +94,7 @@ pub struct World {
 }
 
 /// A row of `pg_replication_slots`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Slot {
     /// The output plugin; none for a physical slot.
     pub plugin: Option<String>,
@@ -116,6 +116,8 @@ pub struct Slot {
     pub temporary: bool,
     /// How far the server's WAL is flushed.
     pub server: Lsn,
+    /// How long the last confirmed position took to be confirmed; none while nobody streams, or for a role that may not see.
+    pub lag_seconds: Option<f64>,
 }
 
 /// A row of `pg_publication`, with what it covers.
@@ -252,7 +254,9 @@ impl Control {
                 "select plugin::text, database::text, active_pid, confirmed_flush_lsn::text, restart_lsn::text, \
                  wal_status, safe_wal_size, two_phase, temporary, \
                  (case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() \
-                  else pg_catalog.pg_current_wal_flush_lsn() end)::text \
+                  else pg_catalog.pg_current_wal_flush_lsn() end)::text, \
+                 (select extract(epoch from flush_lag)::float8 from pg_catalog.pg_stat_replication \
+                  where pid = active_pid) \
                  from pg_catalog.pg_replication_slots where slot_name = $1",
                 &[&name],
             )
@@ -355,6 +359,7 @@ fn slot(row: &Row) -> Result<Slot, Error> {
         two_phase: row.try_get(7)?,
         temporary: row.try_get(8)?,
         server: lsn(9)?,
+        lag_seconds: row.try_get(10)?,
     })
 }
 
@@ -545,6 +550,7 @@ mod tests {
                 two_phase: false,
                 temporary: false,
                 server: Lsn::new(32),
+                lag_seconds: None,
             }),
             publication: Some(Publication {
                 inserts: true,

@@ -1,8 +1,9 @@
 //! Second station: items become runs, runs go to the broker, receipts go on in order.
 //!
 //! Runs form from what is there, without timers: one message when there is one, many when there are many. The trap: a
-//! message behind a refused one is published already when the refusal comes. So after a session that the broker ended, one
-//! message is proven before others follow, and a message that stays refused costs one window of duplicates, once.
+//! message behind a refused one is published already when the refusal comes. So after a session that the broker ended,
+//! messages are proven one by one, up to the refused one if there was one: a message that stays refused costs one window of
+//! duplicates, once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
+use super::progress::Caution;
 use super::reader::Read;
 use super::{Error, Settings};
 use crate::lsn::Lsn;
@@ -99,7 +101,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,
     pub(super) metrics: &'a Metrics,
-    pub(super) cautious: bool,
+    pub(super) caution: Caution,
 }
 
 /// Items gathered for one call of the sink.
@@ -160,7 +162,7 @@ impl<K: Sink> Publisher<'_, K> {
                     run.add(position, message, share);
                 }
             }
-            if !self.cautious {
+            if !self.caution.is_on() {
                 held = self.gather(&mut run);
             }
             match self.publish(run).await {
@@ -191,6 +193,7 @@ impl<K: Sink> Publisher<'_, K> {
 
     async fn publish(&mut self, run: Run) -> Result<(), Error> {
         let count = run.messages.len();
+        let alone = run.messages.first().filter(|_| self.caution.is_on()).map(|message| message.id.clone());
         let receipt = if count > 0 { Some(self.sink.publish(run.messages).await?) } else { None };
         self.metrics.published.inc_by(count as u64);
         self.metrics.in_flight_messages.inc_by(i64::try_from(count).unwrap_or(i64::MAX));
@@ -207,9 +210,9 @@ impl<K: Sink> Publisher<'_, K> {
         if self.runs.send(settling).await.is_err() {
             std::future::pending::<()>().await;
         }
-        if self.cautious && count > 0 {
+        if let Some(id) = alone {
             self.window.empty().await;
-            self.cautious = false;
+            self.caution.proven(&id);
         }
         Ok(())
     }

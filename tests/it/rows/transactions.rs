@@ -8,7 +8,9 @@ use futures_util::SinkExt;
 use pgoutbox::servers::Postgres;
 
 use super::Stage;
-use crate::support::{Outbox, eventually, shared_rabbitmq};
+use crate::support::consumer::Consumer;
+use crate::support::relay::Relay;
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
 
 fn insert(kinds: &[&str]) -> String {
     let rows: Vec<String> = kinds.iter().map(|kind| format!("('order', '1', '{kind}', '{{}}')")).collect();
@@ -135,4 +137,23 @@ async fn an_idle_outbox_follows_the_writes_of_other_tables() {
     assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
     assert_eq!(stage.relay.metric("pgoutbox_published_total"), 0.0);
     stage.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_in_the_middle_of_the_stream_settles_what_is_in_flight() {
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let rows = "insert into outbox (aggregatetype, aggregateid, type) select 'order', n::text, 'x' from \
+        generate_series(1, 50) n";
+    outbox.sql(&format!("do $$ begin for i in 1..400 loop {rows}; commit; end loop; end $$")).await;
+    let mut stops = 0;
+    while consumer.distinct() < 20_000 {
+        let already = consumer.count();
+        let relay = Relay::start(&outbox);
+        eventually("some come", || async { consumer.count() > already }).await;
+        stops += 1;
+        assert_eq!(relay.stop(), 0);
+    }
+    assert_eq!(consumer.count(), 20_000, "nothing twice in {stops} runs");
+    assert!(stops > 1, "it was never in the middle");
 }
