@@ -166,6 +166,7 @@ impl Error {
 }
 
 /// Every broker there is.
+#[expect(clippy::large_enum_variant, reason = "there is one, for a whole session")]
 pub enum AnySink {
     /// AMQP 0-9-1.
     RabbitMq(RabbitMq),
