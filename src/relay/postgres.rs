@@ -79,8 +79,13 @@ impl Postgres {
         })
     }
 
+    /// Looks twice before it says that something is wrong: the catalog is read by several statements, and a partition that
+    /// is attached between two of them looks like a hole in the publication.
     async fn inspect(&self, control: &Control) -> Result<World, pg::Error> {
-        let world = control.inspect(&self.names).await?;
+        let mut world = control.inspect(&self.names).await?;
+        if !self.findings(&world).await.is_empty() {
+            world = control.inspect(&self.names).await?;
+        }
         if world.in_recovery {
             let host = control.host();
             return Err(pg::Error::NotNow(format!("{host} is a standby: waiting for a primary")));
