@@ -36,6 +36,18 @@ pub enum Error {
     /// The relay.
     #[error(transparent)]
     Relay(#[from] relay::Error),
+    /// A row that no broker could take, and the statement that skips its transaction.
+    #[error(
+        "{source}. Everything before it is published and confirmed, nothing after it is published. Remedy: mend what \
+         writes such rows. This one is in the write-ahead log and cannot be changed: deliver by hand what matters of its \
+         transaction (the rows after it were not published), then skip the whole transaction with: {skip}"
+    )]
+    Row {
+        /// The statement.
+        skip: String,
+        /// The row, and what is wrong with it.
+        source: outbox::Error,
+    },
     /// The operating system.
     #[error("{doing}")]
     System {
@@ -66,12 +78,27 @@ fn faults(faults: &[String]) -> String {
 }
 
 impl Error {
+    /// Why a relay of this slot stopped.
+    pub fn of_relay(error: relay::Error, slot: &str) -> Self {
+        match error {
+            // Postgres skips a transaction if and only if its commit record begins before the slot's position, so one byte
+            // beyond that beginning skips this transaction and no other.
+            relay::Error::Outbox(source @ outbox::Error::Row { position, .. }) => {
+                let (slot, commit_lsn) = (pg::world::literal(slot), position.commit_lsn);
+                let skip = format!("SELECT pg_replication_slot_advance({slot}, '{commit_lsn}'::pg_lsn + 1);");
+                Error::Row { skip, source }
+            }
+            error => Error::Relay(error),
+        }
+    }
+
     /// The exit code that says it.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Error::Config(_) => ExitCode::Usage,
             Error::Postgres(error) => postgres(error),
             Error::Relay(error) => relay(error),
+            Error::Row { .. } => ExitCode::Row,
             Error::Found(_) => ExitCode::World,
             Error::System { .. } | Error::Servers(_) => ExitCode::Unavailable,
             Error::Demo(_) => ExitCode::Bug,

@@ -5,7 +5,8 @@ use std::io::{BufRead, Write};
 use crate::config::Config;
 use crate::error::Error;
 use crate::pg;
-use crate::pg::catalog::{Control, identifier, literal};
+use crate::pg::catalog::Control;
+use crate::pg::world::{identifier, literal};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {

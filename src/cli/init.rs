@@ -7,7 +7,8 @@ use tokio::time::sleep;
 use crate::config::Config;
 use crate::error::Error;
 use crate::pg;
-use crate::pg::catalog::{Control, identifier, literal};
+use crate::pg::catalog::Control;
+use crate::pg::world::{identifier, literal};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -19,7 +20,8 @@ pub(super) struct Arguments {
 pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
     let sql = Sql::new(config);
     if arguments.print_sql {
-        for part in [&sql.table, &sql.publication, &sql.slot, &sql.roles] {
+        // A slot cannot be made in a transaction that wrote, and a tool may send all of this as one.
+        for part in ["begin;", &sql.table, &sql.publication, "commit;\n", &sql.slot, &sql.roles] {
             println!("{part}");
         }
         return Ok(());

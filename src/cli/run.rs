@@ -70,13 +70,15 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
         return Err(Error::Config(vec!["sink: none is configured".to_owned()]));
     };
     let broker = Configured { sink, metrics: metrics.clone() };
+    let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
         settings: config.postgres,
         names: config.names,
         mapping: config.mapping.clone(),
         metrics: metrics.clone(),
     };
-    relay::run(database, broker, &config.mapping, &config.relay, &metrics, stop).await?;
+    let ended = relay::run(database, broker, &config.mapping, &config.relay, &metrics, stop).await;
+    ended.map_err(|error| Error::of_relay(error, &slot))?;
     tracing::info!("stopped");
     Ok(())
 }

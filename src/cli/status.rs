@@ -17,11 +17,14 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let Some(slot) = control.slot(name).await? else {
         return Err(Error::Found(format!("replication slot {name} does not exist. Remedy: run `pgoutbox init`")));
     };
+    let lag_bytes = slot.server.bytes_since(slot.confirmed);
     let status = serde_json::json!({
         "slot": name,
         "confirmed_lsn": slot.confirmed.to_string(),
         "server_lsn": slot.server.to_string(),
-        "lag_bytes": slot.server.bytes_since(slot.confirmed),
+        "lag_bytes": lag_bytes,
+        // The server forgets the time once there is no lag.
+        "lag_seconds": slot.lag_seconds.or((lag_bytes == 0).then_some(0.0)),
         "retained_bytes": slot.server.bytes_since(slot.restart),
         "safe_bytes": slot.safe_bytes,
         "wal_status": slot.wal_status,

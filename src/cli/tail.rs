@@ -21,10 +21,9 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) async fn run(config: &Config) -> Result<(), Error> {
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
-    let mut world = control.inspect(names).await?;
+    let world = control.inspect(names).await?;
     // A slot of its own: the relay's may be missing or in use.
-    world.slot = None;
-    let findings: Vec<_> = world.findings(names).into_iter().filter(|f| !f.problem.contains("slot")).collect();
+    let findings = [world.server_findings(), world.table_findings(names)].concat();
     if !findings.is_empty() {
         return Err(crate::pg::Error::World(findings).into());
     }

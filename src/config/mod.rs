@@ -15,7 +15,7 @@ use self::raw::Raw;
 use self::values::{bytes, duration, exchange, name, qualified, slot};
 use crate::outbox::{ColumnNames, Mapping, Template};
 use crate::pg;
-use crate::pg::catalog::Names;
+use crate::pg::world::Names;
 use crate::relay;
 use crate::sink::rabbitmq;
 

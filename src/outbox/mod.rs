@@ -55,7 +55,13 @@ pub enum Error {
     #[error("the stream from Postgres is out of order: {0}")]
     Order(String),
     /// A row of a table about which the catalog said nothing: ask it again.
-    #[error("a row of an unknown table (OID {oid}, {name}) came through the publication")]
+    #[error(
+        "a row of table {name} (OID {oid}) came through the publication, and the catalog knows it neither as the outbox or \
+         a partition of it nor as another table of the publication: it was dropped, detached or taken out of the \
+         publication before its rows were read. Remedy: if it is still there, attach it or add it again and restart; else only the \
+         write-ahead log has its rows: save what matters of pg_logical_slot_peek_binary_changes, drop the slot and run \
+         `pgoutbox init`"
+    )]
     UnknownTable {
         /// Its OID.
         oid: u32,
@@ -64,8 +70,10 @@ pub enum Error {
     },
     /// The outbox table went and another took its name.
     #[error(
-        "table {name} was dropped and re-created (its OID is {oid} now). Remedy: check what was committed to it meanwhile \
-         and restart"
+        "table {name} was dropped and re-created: rows of its OID {oid} follow, which is not the table's of when the stream \
+         began. Remedy: reconcile from the table what was committed to it before it joined the publication, then restart. \
+         If it stops here again, the rows that follow are those of the dropped table, and only the write-ahead log has \
+         them: save what matters of pg_logical_slot_peek_binary_changes, drop the slot and run `pgoutbox init`"
     )]
     Recreated {
         /// Its new OID.
@@ -84,11 +92,7 @@ pub enum Error {
         remedy: String,
     },
     /// A row that no broker could take as it is.
-    #[error(
-        "{position} (id {id}) cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such \
-         rows; the row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction \
-         with pg_replication_slot_advance"
-    )]
+    #[error("{position} (id {id}) cannot be delivered: {problem}")]
     Row {
         /// Which row.
         position: Position,

@@ -78,7 +78,11 @@ impl Connection {
         ];
         frontend::startup_message(parameters, &mut connection.outgoing).map_err(Error::Broken)?;
         connection.log_in(host, settings).await?;
-        connection.until_ready().await?;
+        if !connection.until_ready().await? {
+            // Such a server converts nothing, but refuses to send what is not UTF-8 to a client that asked for it: one such
+            // row would hold the stream for ever. Without a wish it sends the bytes as they are.
+            connection.query("SET client_encoding = 'SQL_ASCII'").await?;
+        }
         Ok(connection)
     }
 
@@ -225,13 +229,16 @@ impl Connection {
         }
     }
 
-    async fn until_ready(&mut self) -> Result<(), Error> {
+    /// Waits until the server takes commands. Whether its database has an encoding: SQL_ASCII is none.
+    async fn until_ready(&mut self) -> Result<bool, Error> {
+        let mut has_encoding = true;
         loop {
             let frame = self.read().await?;
             match frame.tag {
-                b'Z' => return Ok(()),
+                b'Z' => return Ok(has_encoding),
                 b'E' => return Err(Error::Server(ServerError::parse(frame.body))),
-                b'K' | b'N' | b'S' => {}
+                b'S' => has_encoding &= &frame.body[..] != b"server_encoding\0SQL_ASCII\0",
+                b'K' | b'N' => {}
                 tag => return Err(unexpected(tag, "the start of a session")),
             }
         }

@@ -47,8 +47,8 @@ pub enum Error {
     /// PostgreSQL 18 and later skip the rows of a publication that was missing, with a mere warning.
     #[error(
         "Postgres skips rows: {0}. The publication did not exist for a part of the write-ahead log that is still to be \
-         read; its rows are in the table but not in the stream. Republish them from the table, then drop the slot and run \
-         `pgoutbox init`"
+         read; its rows are in the table but not in the stream. Remedy: reconcile from the table, then drop the slot and \
+         run `pgoutbox init`"
     )]
     PublicationSkipped(ServerError),
     /// Control SQL failed without an answer from the server.

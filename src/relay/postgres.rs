@@ -12,9 +12,10 @@ use tokio::time::{Instant, interval, sleep, timeout};
 use super::{Database, Error, Opened, Progress, Source, Watch};
 use crate::metrics::Metrics;
 use crate::outbox::{Mapping, Tables};
-use crate::pg::catalog::{Control, Names, Slot, World};
+use crate::pg::catalog::Control;
 use crate::pg::pgoutput::Column;
 use crate::pg::replication::{Event, Replication, Status, Stream};
+use crate::pg::world::{Names, Slot, World, identifier};
 use crate::pg::{self, Finding, Settings};
 
 /// How often the catalog is asked while streaming.
@@ -56,18 +57,36 @@ impl Postgres {
     /// Of the connection.
     pub async fn findings(&self, world: &World) -> Vec<Finding> {
         let mut findings = world.findings(&self.names);
-        if world.table.is_some() && world.publication.is_some() {
-            let streamed = world.streamed_columns().into_iter();
-            let columns: Vec<Column> = streamed.map(|(name, type_id)| Column { name, type_id }).collect();
-            if let Err(crate::outbox::Error::Columns { table, problem, remedy }) = self.mapping.layout(&columns) {
-                findings.push(Finding { problem: format!("table {table}: {problem}"), remedy });
-            }
+        if let (Some(table), Some(_)) = (&world.table, &world.publication) {
+            findings.extend(self.column_finding(&table.columns, &world.streamed_columns()));
         }
         findings
     }
 
+    /// What the columns lack. Where only the publication leaves one out, altering the table would not help.
+    fn column_finding(&self, all: &[(String, u32)], streamed: &[(String, u32)]) -> Option<Finding> {
+        let layout = |columns: &[(String, u32)]| {
+            let column = |(name, type_id): &(String, u32)| Column { name: name.clone(), type_id: *type_id };
+            self.mapping.layout(&columns.iter().map(column).collect::<Vec<_>>())
+        };
+        let Err(crate::outbox::Error::Columns { table, problem, remedy }) = layout(streamed) else { return None };
+        if layout(all).is_err() {
+            return Some(Finding { problem: format!("table {table}: {problem}"), remedy });
+        }
+        let publication = &self.names.publication;
+        Some(Finding {
+            problem: format!("publication {publication} leaves out columns of {table} by a column list: {problem}"),
+            remedy: format!("ALTER PUBLICATION {} SET TABLE {table}", identifier(publication)),
+        })
+    }
+
+    /// Looks twice before it says that something is wrong: the catalog is read by several statements, and a partition that
+    /// is attached between two of them looks like a hole in the publication.
     async fn inspect(&self, control: &Control) -> Result<World, pg::Error> {
-        let world = control.inspect(&self.names).await?;
+        let mut world = control.inspect(&self.names).await?;
+        if !self.findings(&world).await.is_empty() {
+            world = control.inspect(&self.names).await?;
+        }
         if world.in_recovery {
             let host = control.host();
             return Err(pg::Error::NotNow(format!("{host} is a standby: waiting for a primary")));

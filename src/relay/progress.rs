@@ -23,8 +23,29 @@ pub struct Progress {
     told: Lsn,
     /// Someone else held the slot since: it may have been moved with good reason.
     contended: bool,
-    /// The last session ended by the broker's doing: prove one message before sending many.
-    cautious: bool,
+    /// How the last session ended, if by the broker's doing.
+    caution: Caution,
+}
+
+/// Messages to be proven one by one before many are sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Caution {
+    /// So many at most.
+    pub messages: usize,
+    /// The refused one: once it is settled, caution ends.
+    pub until: Option<String>,
+}
+
+impl Caution {
+    /// Whether the next message goes alone.
+    pub fn is_on(&self) -> bool {
+        self.messages > 0
+    }
+
+    /// A message that went alone is settled.
+    pub fn proven(&mut self, id: &str) {
+        self.messages = if self.until.as_deref() == Some(id) { 0 } else { self.messages.saturating_sub(1) };
+    }
 }
 
 impl Progress {
@@ -38,9 +59,9 @@ impl Progress {
         self.frontier
     }
 
-    /// Whether the next session proves one message before it sends many.
-    pub fn is_cautious(&self) -> bool {
-        self.cautious
+    /// What the next session proves one by one before it sends many.
+    pub fn caution(&self) -> &Caution {
+        &self.caution
     }
 
     /// Where a new stream begins, on this server whose WAL ends at `server` and whose slot stands at `confirmed`.
@@ -77,7 +98,7 @@ impl Progress {
             identity: Some(identity),
             settled: confirmed,
             told: confirmed,
-            cautious: self.cautious,
+            caution: std::mem::take(&mut self.caution),
             ..Progress::default()
         };
         Ok(confirmed)
@@ -109,8 +130,8 @@ impl Progress {
     }
 
     /// A session ended; by the broker's doing, or not.
-    pub fn caution(&mut self, cautious: bool) {
-        self.cautious = cautious;
+    pub fn be_cautious(&mut self, caution: Caution) {
+        self.caution = caution;
     }
 }
 
@@ -180,6 +201,18 @@ mod tests {
         let mut contended = settled();
         contended.contend();
         assert_eq!(contended.begin(on("a", 1), lsn(1000), "s", lsn(700)).unwrap(), lsn(700));
+    }
+
+    #[test]
+    fn caution_ends_with_the_refused_message_or_after_its_limit() {
+        let mut caution = Caution { messages: 3, until: Some("refused".to_owned()) };
+        caution.proven("before");
+        assert!(caution.is_on());
+        caution.proven("refused");
+        assert!(!caution.is_on());
+        let mut caution = Caution { messages: 1, until: None };
+        caution.proven("any");
+        assert!(!caution.is_on());
     }
 
     #[test]

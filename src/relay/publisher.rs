@@ -1,8 +1,9 @@
 //! Second station: items become runs, runs go to the broker, receipts go on in order.
 //!
 //! Runs form from what is there, without timers: one message when there is one, many when there are many. The trap: a
-//! message behind a refused one is published already when the refusal comes. So after a session that the broker ended, one
-//! message is proven before others follow, and a message that stays refused costs one window of duplicates, once.
+//! message behind a refused one is published already when the refusal comes. So after a session that the broker ended,
+//! messages are proven one by one, up to the refused one if there was one: a message that stays refused costs one window of
+//! duplicates, once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,13 +11,14 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
+use super::progress::Caution;
 use super::reader::Read;
 use super::{Error, Settings};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
-use crate::outbox::{Item, Message, Position};
+use crate::outbox::{self, Item, Message, Position};
 use crate::retry::Retry;
-use crate::sink::{Receipt, Sink};
+use crate::sink::{self, Receipt, Sink};
 
 /// Messages in one run: enough that a run's fixed cost vanishes, few enough that the first ones do not wait.
 const RUN_MESSAGES: usize = 256;
@@ -100,7 +102,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,
     pub(super) metrics: &'a Metrics,
-    pub(super) cautious: bool,
+    pub(super) caution: Caution,
 }
 
 /// Items gathered for one call of the sink.
@@ -144,11 +146,14 @@ impl<K: Sink> Publisher<'_, K> {
             match first {
                 Item::Checkpoint(lsn) => run.checkpoint = Some(lsn),
                 Item::Message(position, message) => {
+                    if let Err(error) = self.sink.admit(&message) {
+                        return Ok(Some(at(position, error)));
+                    }
                     let share = self.window.take(&message).await;
                     run.add(position, message, share);
                 }
             }
-            if !self.cautious {
+            if !self.caution.is_on() {
                 held = self.gather(&mut run);
             }
             match self.publish(run).await {
@@ -159,15 +164,19 @@ impl<K: Sink> Publisher<'_, K> {
         }
     }
 
-    /// Takes what is there, as long as the window has room. Returns a message that found none.
+    /// Takes what is there, as long as the window has room. Returns a message that found none, or that can never go: the
+    /// next run begins with it, and what was before it is on its way.
     fn gather(&mut self, run: &mut Run) -> Option<Item> {
         while run.messages.len() < RUN_MESSAGES {
             match self.items.try_recv().ok()?.item {
                 Item::Checkpoint(lsn) => run.checkpoint = Some(lsn),
-                Item::Message(position, message) => match self.window.try_take(&message) {
-                    Some(share) => run.add(position, message, share),
-                    None => return Some(Item::Message(position, message)),
-                },
+                Item::Message(position, message) => {
+                    let share = self.sink.admit(&message).ok().and_then(|()| self.window.try_take(&message));
+                    match share {
+                        Some(share) => run.add(position, message, share),
+                        None => return Some(Item::Message(position, message)),
+                    }
+                }
             }
         }
         None
@@ -175,6 +184,7 @@ impl<K: Sink> Publisher<'_, K> {
 
     async fn publish(&mut self, run: Run) -> Result<(), Error> {
         let count = run.messages.len();
+        let alone = run.messages.first().filter(|_| self.caution.is_on()).map(|message| message.id.clone());
         let receipt = if count > 0 { Some(self.sink.publish(run.messages).await?) } else { None };
         self.metrics.published.inc_by(count as u64);
         self.metrics.in_flight_messages.inc_by(i64::try_from(count).unwrap_or(i64::MAX));
@@ -191,9 +201,9 @@ impl<K: Sink> Publisher<'_, K> {
         if self.runs.send(settling).await.is_err() {
             std::future::pending::<()>().await;
         }
-        if self.cautious && count > 0 {
+        if let Some(id) = alone {
             self.window.empty().await;
-            self.cautious = false;
+            self.caution.proven(&id);
         }
         Ok(())
     }
@@ -204,5 +214,13 @@ impl<K: Sink> Publisher<'_, K> {
             self.sink.check().await?;
         }
         Ok(())
+    }
+}
+
+/// What no broker can take is a row's fault, and only here is known which row's.
+fn at(position: Position, error: sink::Error) -> Error {
+    match error {
+        sink::Error::Undeliverable { id, problem } => outbox::Error::Row { position, id, problem }.into(),
+        error => error.into(),
     }
 }

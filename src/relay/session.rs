@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use super::progress::Caution;
 use super::publisher::{Publisher, Window};
 use super::reader::{Feedback, Reader};
 use super::settler::Settler;
@@ -18,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::outbox::{Assembler, Mapping};
 use crate::pg;
 use crate::retry::Retry;
+use crate::sink;
 
 /// Items between reader and publisher.
 const CHANNEL_ITEMS: usize = 1024;
@@ -58,7 +60,14 @@ pub(super) async fn run<D: Database, B: Broker>(
     let shared = Mutex::new(std::mem::take(progress));
     let result = stream(sink, opened, mapping, settings, metrics, &shared, stop).await;
     *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    progress.caution(matches!(result, Err(Error::Sink(_))));
+    progress.be_cautious(match &result {
+        // It is among the first unsettled ones, of which there is at most one window.
+        Err(Error::Sink(sink::Error::Refused { id, .. })) => {
+            Caution { messages: settings.window_messages, until: Some(id.clone()) }
+        }
+        Err(Error::Sink(_)) => Caution { messages: 1, until: None },
+        _ => Caution::default(),
+    });
     result
 }
 
@@ -80,7 +89,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     stop: &mut watch::Receiver<bool>,
 ) -> Result<(), Error> {
     let before = super::progress::lock(progress).clone();
-    let cautious = before.is_cautious();
+    let caution = before.caution().clone();
     let (items_in, items_out) = mpsc::channel(CHANNEL_ITEMS);
     let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(CHANNEL_ITEMS));
     let (settled_in, settled_out) = watch::channel(opened.start);
@@ -96,7 +105,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         feedback: Feedback::new(opened.start),
     };
     let window = Window::new(settings);
-    let publisher = Publisher { sink: &mut sink, items: items_out, runs: runs_in, window, metrics, cautious };
+    let publisher = Publisher { sink: &mut sink, items: items_out, runs: runs_in, window, metrics, caution };
     let confirm_timeout = settings.confirm_timeout;
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {

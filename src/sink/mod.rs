@@ -2,7 +2,7 @@
 //! broker holds them.
 //!
 //! To add a broker: one file beside `rabbitmq` and `stdout` with the same parts in the same order (`Settings`, `open`, the
-//! two methods), and one variant of [`AnySink`].
+//! methods), and one variant of [`AnySink`].
 
 pub mod rabbitmq;
 pub mod stdout;
@@ -27,6 +27,15 @@ pub trait Sink: Send {
     /// # Errors
     /// Any, here or in a receipt, ends the session: any part of what was unsettled may have arrived.
     fn publish(&mut self, run: Vec<Message>) -> impl Future<Output = Result<Receipt, Error>> + Send;
+
+    /// Says whether the broker could ever take this message; sends nothing. Asked before `publish`, one by one, so that a
+    /// message that is impossible does not take those before it along.
+    ///
+    /// # Errors
+    /// `Undeliverable`.
+    fn admit(&self, _message: &Message) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Proves that a delivery could succeed now; changes nothing.
     ///
@@ -90,11 +99,7 @@ pub enum Error {
         refusal: Refusal,
     },
     /// The message can never be taken as it is.
-    #[error(
-        "message {id} cannot be delivered: {problem}. Nothing after it is published. Remedy: mend what writes such rows; \
-         the row itself is in the write-ahead log and cannot be changed, so note it down and skip its transaction with \
-         pg_replication_slot_advance"
-    )]
+    #[error("message {id} cannot be delivered: {problem}")]
     Undeliverable {
         /// The message's id.
         id: String,
@@ -173,6 +178,13 @@ impl Sink for AnySink {
         match self {
             AnySink::RabbitMq(sink) => sink.publish(run).await,
             AnySink::Stdout(sink) => sink.publish(run).await,
+        }
+    }
+
+    fn admit(&self, message: &Message) -> Result<(), Error> {
+        match self {
+            AnySink::RabbitMq(sink) => sink.admit(message),
+            AnySink::Stdout(sink) => sink.admit(message),
         }
     }
 

@@ -32,19 +32,20 @@ pub(crate) fn postgres_18() -> PathBuf {
     bin
 }
 
+/// Every test leaves a slot or two behind.
+const FOR_MANY: [(&str, &str); 3] =
+    [("max_connections", "200"), ("max_replication_slots", "300"), ("max_wal_senders", "100")];
+
 /// One PostgreSQL for all tests that do not stop it. Its keeper removes it when the test process ends.
 pub(crate) fn shared_postgres() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
-    SERVER.get_or_init(|| {
-        Postgres::start(&[("max_connections", "200"), ("max_replication_slots", "100"), ("max_wal_senders", "100")])
-            .unwrap()
-    })
+    SERVER.get_or_init(|| Postgres::start(&FOR_MANY).unwrap())
 }
 
 /// One PostgreSQL 18 for all tests that do not stop it.
 pub(crate) fn shared_postgres_18() -> &'static Postgres {
     static SERVER: OnceLock<Postgres> = OnceLock::new();
-    SERVER.get_or_init(|| Postgres::start_from(&postgres_18(), &[]).unwrap())
+    SERVER.get_or_init(|| Postgres::start_from(&postgres_18(), &FOR_MANY).unwrap())
 }
 
 /// One RabbitMQ for all tests that do not stop or block it.

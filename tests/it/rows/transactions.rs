@@ -1,0 +1,159 @@
+//! What is an event and what is none: inserts that were committed, in the order of their commits, wherever they are stored.
+//!
+//! The trap: a partition is announced under its own name, a table may change between two transactions, and what is prepared
+//! is not yet committed.
+
+use bytes::Bytes;
+use futures_util::SinkExt;
+use pgoutbox::servers::Postgres;
+
+use super::Stage;
+use crate::support::consumer::Consumer;
+use crate::support::relay::Relay;
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+
+fn insert(kinds: &[&str]) -> String {
+    let rows: Vec<String> = kinds.iter().map(|kind| format!("('order', '1', '{kind}', '{{}}')")).collect();
+    format!("insert into outbox (aggregatetype, aggregateid, type, payload) values {}", rows.join(", "))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_committed_inserts_are_events() {
+    let stage = Stage::set().await;
+    let outbox = &stage.outbox;
+    let sql = |sql: String| async move { outbox.sql(&sql).await };
+    sql("create table other (n int); alter publication pgoutbox add table other".to_owned()).await;
+    sql(format!("begin; {}; delete from outbox; commit", insert(&["deleted"]))).await;
+    sql(format!("begin; {}; rollback", insert(&["undone"]))).await;
+    sql(format!(
+        "begin; {}; savepoint s; {}; rollback to s; {}; savepoint t; {}; release t; commit",
+        insert(&["first"]),
+        insert(&["undone"]),
+        insert(&["second"]),
+        insert(&["third"])
+    ))
+    .await;
+    sql(insert(&["fourth", "fifth"])).await;
+    sql("alter publication pgoutbox set (publish = 'insert, update, delete, truncate')".to_owned()).await;
+    sql("update outbox set type = 'updated'; delete from outbox where true; truncate outbox".to_owned()).await;
+    sql("insert into other select generate_series(1, 100)".to_owned()).await;
+    let copy = stage.outbox.client.copy_in("copy outbox (aggregatetype, aggregateid, type, payload) from stdin").await;
+    let mut copy = std::pin::pin!(copy.unwrap());
+    copy.send(Bytes::from_static(b"order\t1\tsixth\t{}\norder\t1\tseventh\t\\N\n")).await.unwrap();
+    copy.close().await.unwrap();
+    let received = stage.received(8).await;
+    assert_eq!(stage.kinds(), ["deleted", "first", "second", "third", "fourth", "fifth", "sixth", "seventh"]);
+    assert!(received.windows(2).all(|pair| pair[0].position < pair[1].position));
+    stage.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_may_be_altered_between_two_transactions() {
+    let stage = Stage::set().await;
+    for (kind, change) in [
+        ("1", "alter table outbox add note text default 'n'"),
+        ("2", "alter table outbox drop created_at, drop headers"),
+        ("3", "alter table outbox add headers jsonb default '{\"h\": 1}', drop note"),
+        ("4", "alter table outbox drop payload, add payload text default 'last'"),
+    ] {
+        stage.outbox.sql(&insert(&[kind])).await;
+        stage.outbox.sql(change).await;
+    }
+    stage.outbox.sql("insert into outbox (aggregatetype, aggregateid, type) values ('order', '1', '5')").await;
+    let received = stage.received(5).await;
+    assert_eq!(stage.kinds(), ["1", "2", "3", "4", "5"]);
+    assert_eq!(received[4].body, b"last");
+    assert!(received[2].header("h").is_none() && received[3].header("h").is_some());
+    stage.stop();
+}
+
+const PARTITIONED: &str = "create table outbox (id int generated always as identity, aggregatetype text, aggregateid text, \
+    type text, payload jsonb) partition by list (type); create table outbox_a partition of outbox for values in ('a')";
+
+async fn partitions_as_they_come(with: &str) {
+    let stage = Stage::with_table(PARTITIONED, with, &[]).await;
+    stage.outbox.sql(&insert(&["a"])).await;
+    stage.outbox.sql("create table outbox_b partition of outbox for values in ('b')").await;
+    stage.outbox.sql(&insert(&["b", "a"])).await;
+    // Attached with its columns in another order, and with a row that was there before.
+    stage
+        .outbox
+        .sql(
+            "create table late (payload jsonb, type text not null, id int not null, aggregateid text, aggregatetype text); \
+             insert into late values ('{}', 'c', 0, '1', 'early'); \
+             alter table outbox attach partition late for values in ('c')",
+        )
+        .await;
+    stage.outbox.sql(&insert(&["c"])).await;
+    // Dropped only after its rows have arrived: what the log of a dropped partition holds cannot be told from a stranger's.
+    stage.received(4).await;
+    stage.outbox.sql("drop table outbox_b").await;
+    stage.outbox.sql(&insert(&["a"])).await;
+    let received = stage.received(5).await;
+    assert_eq!(stage.kinds(), ["a", "b", "a", "c", "a"]);
+    assert!(received.iter().all(|received| received.routing_key.starts_with("order.")));
+    stage.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_partitions_arrive_when_they_are_announced_as_their_root() {
+    partitions_as_they_come("publish = 'insert', publish_via_partition_root = true").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_partitions_arrive_when_they_are_announced_as_themselves() {
+    partitions_as_they_come("publish = 'insert', publish_via_partition_root = false").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prepared_transaction_arrives_when_it_is_committed() {
+    // A prepared transaction would hold up every new slot of a shared server.
+    let postgres = Postgres::start(&[("max_prepared_transactions", "5")]).unwrap();
+    let stage = Stage::of(Outbox::create(&postgres, shared_rabbitmq()).await, &[]).await;
+    for kind in ["prepared", "abandoned"] {
+        stage.outbox.sql(&format!("begin; {}; prepare transaction '{kind}'", insert(&[kind]))).await;
+    }
+    stage.outbox.sql(&insert(&["between"])).await;
+    stage.received(1).await;
+    stage.outbox.sql("rollback prepared 'abandoned'").await;
+    stage.outbox.sql("commit prepared 'prepared'").await;
+    stage.outbox.sql(&insert(&["after"])).await;
+    stage.received(3).await;
+    assert_eq!(stage.kinds(), ["between", "prepared", "after"]);
+    stage.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_outbox_follows_the_writes_of_other_tables() {
+    let stage = Stage::set().await;
+    stage.outbox.sql("create table busy (t text)").await;
+    let began = std::time::Instant::now();
+    let before = stage.outbox.current().await;
+    stage.outbox.sql("alter table busy alter t set storage external").await;
+    stage.outbox.sql("insert into busy select repeat(md5(n::text), 300) from generate_series(1, 2000) n").await;
+    let after = stage.outbox.current().await;
+    assert!(after.bytes_since(before) > 19_000_000, "{}", after.bytes_since(before));
+    eventually("the slot follows", || async { stage.outbox.confirmed().await >= after }).await;
+    assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+    assert_eq!(stage.relay.metric("pgoutbox_published_total"), 0.0);
+    stage.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_in_the_middle_of_the_stream_settles_what_is_in_flight() {
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let rows = "insert into outbox (aggregatetype, aggregateid, type) select 'order', n::text, 'x' from \
+        generate_series(1, 50) n";
+    outbox.sql(&format!("do $$ begin for i in 1..400 loop {rows}; commit; end loop; end $$")).await;
+    let mut stops = 0;
+    while consumer.distinct() < 20_000 {
+        let already = consumer.count();
+        let relay = Relay::start(&outbox);
+        eventually("some come", || async { consumer.count() > already }).await;
+        stops += 1;
+        assert_eq!(relay.stop(), 0);
+    }
+    assert_eq!(consumer.count(), 20_000, "nothing twice in {stops} runs");
+    assert!(stops > 1, "it was never in the middle");
+}

@@ -1,0 +1,106 @@
+//! Logging in: passwords, privileges, sockets, and a server that does not keep what logical decoding needs.
+//!
+//! The trap: a wrong password may be one that an operator is changing right now, so the relay waits; and the password itself
+//! must not come out anywhere, right or wrong.
+
+use pgoutbox::servers::Postgres;
+
+use super::{WORLD, ended, statement, stops};
+use crate::support::consumer::Consumer;
+use crate::support::relay::{Relay, environment, pgoutbox};
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+
+const RIGHT: &str = "right-canary-4711";
+const WRONG: &str = "wrong-canary-0815";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_logical_wal_is_named() {
+    let postgres = Postgres::start(&[("wal_level", "replica")]).unwrap();
+    let outbox = Outbox::empty(&postgres, shared_rabbitmq()).await;
+    stops(&outbox, WORLD, &["wal_level is replica", "ALTER SYSTEM SET wal_level = logical"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_may_not_replicate_is_mended_by_the_remedy() {
+    let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let role = format!("{}_relay", outbox.name);
+    outbox.sql(&format!("create role {role} login")).await;
+    outbox.url = shared_postgres().url_for(&role, None, &outbox.name);
+    let log = stops(&outbox, WORLD, &[&format!("role {role} may not replicate")]).await;
+    let remedy = statement(&log, "Remedy: ");
+    outbox.sql(remedy.split(" (").next().unwrap()).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missing_database_is_named() {
+    let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    outbox.url = shared_postgres().url_for("postgres", None, "nowhere");
+    let log = ended(Relay::start(&outbox), WORLD, &["database \"nowhere\" does not exist"]);
+    assert!(log.contains("postgres.url"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn passwords_are_proven_by_scram_and_md5_and_a_wrong_one_is_waited_for_without_being_told() {
+    let postgres = Postgres::start(&[]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    for (method, role) in [("scram-sha-256", "by_scram"), ("md5", "by_md5")] {
+        let create = format!("create role {role} login replication password '{RIGHT}'");
+        outbox.sql(&format!("set password_encryption = '{method}'; {create}")).await;
+        postgres.append_hba(&format!("host all {role} 127.0.0.1/32 {method}")).unwrap();
+    }
+    postgres.reload().unwrap();
+    let consumer = Consumer::start(&outbox).await;
+    for (count, (method, role)) in [("scram-sha-256", "by_scram"), ("md5", "by_md5")].into_iter().enumerate() {
+        outbox.url = postgres.url_for(role, Some(RIGHT), &outbox.name);
+        let relay = Relay::start(&outbox);
+        outbox.insert("placed").await;
+        consumer.wait_distinct(count + 1).await;
+        assert!(!relay.log().contains("canary"), "{}", relay.log());
+        assert_eq!(relay.stop(), 0);
+        outbox.url = postgres.url_for(role, Some(WRONG), &outbox.name);
+        let relay = Relay::start(&outbox);
+        let attempts = || relay.metric("pgoutbox_sessions_total{end=\"postgres\"}");
+        eventually("it tries again", || async { attempts() >= 2.0 }).await;
+        let (code, reasons) = relay.get("/readyz");
+        assert!(code == 503 && reasons.contains("password authentication failed"), "{reasons}");
+        let log = relay.log();
+        assert!(log.contains("28P01") && log.contains("check user and password in postgres.url"), "{log}");
+        assert!(!(log + &reasons + &relay.get("/").1).contains("canary"));
+        // Mended on the server, without a restart.
+        outbox.sql(&format!("set password_encryption = '{method}'; alter role {role} password '{WRONG}'")).await;
+        relay.ready().await;
+        assert_eq!(relay.stop(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_unix_socket_is_a_way_in() {
+    let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let directory = shared_postgres().socket_dir().display().to_string();
+    let (port, name) = (shared_postgres().port(), outbox.name.clone());
+    let consumer = Consumer::start(&outbox).await;
+    let urls = [
+        format!("host={directory} port={port} user=postgres dbname={name}"),
+        format!("postgres://postgres@{}:{port}/{name}", directory.replace('/', "%2F")),
+    ];
+    for (count, url) in urls.into_iter().enumerate() {
+        outbox.url = url;
+        let relay = Relay::start(&outbox);
+        outbox.insert("placed").await;
+        consumer.wait_distinct(count + 1).await;
+        assert_eq!(relay.stop(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_that_cannot_be_had_is_refused_before_any_network() {
+    let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    outbox.url = format!("{}?sslmode=require", shared_postgres().url_for("postgres", Some(RIGHT), &outbox.name));
+    let output = pgoutbox().arg("run").envs(environment(&outbox)).output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(64), "{log}");
+    assert!(log.contains("postgres.url") && log.contains("TLS") && !log.contains("canary"), "{log}");
+}

@@ -1,0 +1,156 @@
+//! The slot: missing, of the wrong kind, lost, in use, dropped or re-created behind the relay's back.
+//!
+//! The trap: a slot of the same name looks like the old one. Only a relay that remembers what it told Postgres can see that
+//! rows lie between the two.
+
+use pgoutbox::servers::Postgres;
+
+use super::{Road, WORLD, ended, statement, stops, verb};
+use crate::support::consumer::Consumer;
+use crate::support::relay::Relay;
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+
+async fn outbox() -> Outbox {
+    Outbox::create(shared_postgres(), shared_rabbitmq()).await
+}
+
+impl Outbox {
+    async fn drop_slot(&self) {
+        self.sql(&format!("select pg_drop_replication_slot('{}')", self.name)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missing_slot_is_named_and_never_made_by_run() {
+    let outbox = outbox().await;
+    outbox.drop_slot().await;
+    let consumer = Consumer::start(&outbox).await;
+    let slot = format!("replication slot {} does not exist", outbox.name);
+    let log = stops(&outbox, WORLD, &[&slot, "pgoutbox init", "reconcile"]).await;
+    assert!(log.contains("exit_code=78"), "{log}");
+    // The remedy.
+    assert!(verb(&outbox, &["init"]).status.success());
+    let relay = Relay::start(&outbox);
+    let id = outbox.insert("placed").await;
+    assert_eq!(consumer.wait_distinct(1).await[0].id, id);
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_of_another_kind_or_database_stops_the_relay() {
+    let outbox = outbox().await;
+    let name = outbox.name.clone();
+    outbox.drop_slot().await;
+    outbox.sql(&format!("select pg_create_physical_replication_slot('{name}')")).await;
+    stops(&outbox, WORLD, &[&format!("replication slot {name} is physical"), "postgres.slot"]).await;
+    outbox.drop_slot().await;
+    outbox.sql(&format!("select pg_create_logical_replication_slot('{name}', 'test_decoding')")).await;
+    stops(&outbox, WORLD, &[&format!("replication slot {name} uses the plugin test_decoding"), "pgoutbox init"]).await;
+    outbox.drop_slot().await;
+    let elsewhere = Outbox::empty(shared_postgres(), shared_rabbitmq()).await;
+    elsewhere.sql(&format!("select pg_create_logical_replication_slot('{name}', 'pgoutput')")).await;
+    let belongs = format!("belongs to database {}, not to {name}", elsewhere.name);
+    stops(&outbox, WORLD, &[&belongs, "postgres.url"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_relay_waits_says_so_once_and_takes_over() {
+    let outbox = outbox().await;
+    let consumer = Consumer::start(&outbox).await;
+    let first = Relay::start(&outbox);
+    first.ready().await;
+    let second = Relay::start(&outbox);
+    eventually("the second relay says why it waits", || async { second.log().contains("is active for PID") }).await;
+    assert!(second.log().contains("another relay"), "{}", second.log());
+    outbox.insert("placed").await;
+    consumer.wait_distinct(1).await;
+    let sessions = || second.metric("pgoutbox_sessions_total{end=\"postgres\"}");
+    eventually("it tries again and again", || async { sessions() >= 3.0 }).await;
+    assert!(!second.is_ready());
+    assert!(second.get("/readyz").1.contains("is active for PID"));
+    assert_eq!(second.log().matches("is active for PID").count(), 1, "once");
+    assert_eq!(second.metric("pgoutbox_published_total"), 0.0);
+    assert_eq!(first.stop(), 0);
+    outbox.insert("paid").await;
+    let received = consumer.wait_distinct(2).await;
+    assert_eq!(received.len(), 2, "each came once");
+    second.ready().await;
+    assert_eq!(second.metric("pgoutbox_published_total"), 1.0);
+    assert_eq!(second.stop(), 0);
+}
+
+/// A relay that has streamed and then lost its broker.
+async fn relay_without_broker(outbox: &mut Outbox) -> (Relay, Road) {
+    let road = Road::to(shared_rabbitmq().port()).await;
+    outbox.amqp = road.url(&outbox.amqp, shared_rabbitmq().port());
+    let relay = Relay::start(outbox);
+    relay.ready().await;
+    outbox.insert("placed").await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    road.close();
+    let active = format!("select active from pg_replication_slots where slot_name = '{}'", outbox.name);
+    eventually("no stream is held without a broker", || async { outbox.text(&active).await.as_deref() == Some("f") })
+        .await;
+    (relay, road)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_dropped_while_the_relay_waits_for_the_broker_is_missed() {
+    let mut outbox = outbox().await;
+    let _consumer = Consumer::start(&outbox).await;
+    let (relay, road) = relay_without_broker(&mut outbox).await;
+    outbox.drop_slot().await;
+    road.open();
+    ended(relay, WORLD, &[&format!("replication slot {} does not exist", outbox.name), "reconcile"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_recreated_while_the_relay_waits_for_the_broker_is_not_taken_for_the_old_one() {
+    let mut outbox = outbox().await;
+    let consumer = Consumer::start(&outbox).await;
+    let (relay, road) = relay_without_broker(&mut outbox).await;
+    outbox.drop_slot().await;
+    outbox.insert("between").await;
+    outbox.create_slot().await;
+    road.open();
+    let log = ended(relay, WORLD, &[&format!("replication slot {} stands at", outbox.name), "re-created"]);
+    assert!(statement(&log, "Remedy: ").starts_with("reconcile from the table"), "{log}");
+    // Read, decided, started anew: what comes now is delivered.
+    let relay = Relay::start(&outbox);
+    outbox.insert("after").await;
+    let received = consumer.wait_distinct(2).await;
+    assert_eq!(received.last().unwrap().routing_key, "order.after");
+    assert_eq!(relay.stop(), 0);
+}
+
+/// Writes WAL until the server gives the slot up.
+async fn lose(outbox: &Outbox) {
+    let status = format!("select wal_status from pg_replication_slots where slot_name = '{}'", outbox.name);
+    eventually("the slot is lost", || async {
+        outbox.sql("create table if not exists filler (); select pg_switch_wal()").await;
+        outbox.sql("checkpoint").await;
+        outbox.text(&status).await.as_deref() == Some("lost")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_slot_is_named_before_the_start_and_after_waiting_for_the_broker() {
+    let postgres = Postgres::start(&[("max_slot_wal_keep_size", "16MB"), ("min_wal_size", "32MB")]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let _consumer = Consumer::start(&outbox).await;
+    let (relay, road) = relay_without_broker(&mut outbox).await;
+    lose(&outbox).await;
+    road.open();
+    let lost = format!("replication slot {} is lost", outbox.name);
+    let says = [lost.as_str(), "max_slot_wal_keep_size", "reconcile"];
+    ended(relay, WORLD, &says);
+    let log = stops(&outbox, WORLD, &says).await;
+    // The remedy: its statement, then `init`.
+    let drop = statement(&log, "max_slot_wal_keep_size, then ");
+    outbox.sql(drop.split(';').next().unwrap()).await;
+    assert!(verb(&outbox, &["init"]).status.success());
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}

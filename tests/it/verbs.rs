@@ -1,0 +1,319 @@
+//! The verbs as an operator types them: what they print, what they change, how they end.
+//!
+//! The trap: `--print-sql` that nobody ever pastes rots. Here it is pasted, and the relay runs as the role that it makes.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value as Json;
+
+use crate::support::consumer::Consumer;
+use crate::support::relay::{Relay, environment, pgoutbox};
+use crate::support::{Outbox, TABLE, eventually, shared_postgres, shared_rabbitmq};
+
+const USAGE: i32 = 64;
+const WORLD: i32 = 78;
+const CANARY: &str = "canary-4711";
+
+async fn outbox() -> Outbox {
+    Outbox::create(shared_postgres(), shared_rabbitmq()).await
+}
+
+async fn empty() -> Outbox {
+    Outbox::empty(shared_postgres(), shared_rabbitmq()).await
+}
+
+fn command(outbox: &Outbox, arguments: &[&str]) -> Command {
+    let mut command = pgoutbox();
+    command.args(arguments).envs(environment(outbox));
+    command
+}
+
+/// Exit code, standard output, standard error.
+fn told(output: &Output) -> (i32, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+fn verb(outbox: &Outbox, arguments: &[&str]) -> (i32, String, String) {
+    told(&command(outbox, arguments).output().unwrap())
+}
+
+/// Tables, publications and slots of this database, with what identifies them.
+async fn inventory(outbox: &Outbox) -> Option<String> {
+    let sql = "select string_agg(thing, ' ' order by thing) from (\
+        select slot_name || coalesce(confirmed_flush_lsn::text, '') as thing from pg_replication_slots \
+        where database = current_database() \
+        union all select 'publication ' || pubname || oid from pg_publication \
+        union all select 'table ' || relname || oid from pg_class where relkind in ('r', 'p') and oid > 16384) things";
+    outbox.text(sql).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn init_makes_what_is_missing_and_a_second_time_nothing() {
+    let outbox = empty().await;
+    let (code, out, err) = verb(&outbox, &["init"]);
+    assert_eq!(code, 0, "{out}{err}");
+    for thing in
+        ["table public.outbox created", "publication pgoutbox created", &format!("slot {} created", outbox.name)]
+    {
+        assert!(out.contains(thing), "{out}");
+    }
+    let before = inventory(&outbox).await;
+    let (code, out, _) = verb(&outbox, &["init"]);
+    assert_eq!((code, out.matches("is there").count(), out.matches("created").count()), (0, 3, 0), "{out}");
+    assert_eq!(inventory(&outbox).await, before);
+    let (publishes, root) = (
+        "select pubinsert and not (pubupdate or pubdelete or pubtruncate) from pg_publication",
+        "select pubviaroot from pg_publication",
+    );
+    assert_eq!(outbox.text(publishes).await.as_deref(), Some("t"), "insert only");
+    assert_eq!(outbox.text(root).await.as_deref(), Some("t"));
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    outbox.insert("placed").await;
+    consumer.wait_distinct(1).await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn init_takes_an_existing_table_as_it_is() {
+    let outbox = empty().await;
+    outbox.sql(&TABLE.replace("{table}", "public.outbox")).await;
+    outbox.insert("older than the slot").await;
+    let (code, out, err) = verb(&outbox, &["init"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(out.contains("table public.outbox is there") && out.contains("publication pgoutbox created"), "{out}");
+    assert_eq!(outbox.text("select count(*) from outbox").await.as_deref(), Some("1"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_printed_sql_touches_nothing_and_makes_all_that_the_relay_needs_when_pasted() {
+    let mut outbox = empty().await;
+    let before = inventory(&outbox).await;
+    let (code, sql, err) = verb(&outbox, &["init", "--print-sql"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(inventory(&outbox).await, before);
+    assert_eq!(verb(&outbox, &["check"]).0, WORLD);
+    // Roles belong to the cluster, which other tests share: this one is made once.
+    outbox.sql(&sql).await;
+    let (code, out, err) = verb(&outbox, &["check"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert!(!out.contains("WRONG"), "{out}");
+    let privileges = "select rolsuper or rolcreatedb or rolcreaterole or rolbypassrls or not rolreplication \
+        or has_table_privilege(rolname, 'outbox', 'select') from pg_roles where rolname = 'pgoutbox_relay'";
+    assert_eq!(outbox.text(privileges).await.as_deref(), Some("f"), "login and replication, and nothing more");
+    let consumer = Consumer::start(&outbox).await;
+    outbox.url = shared_postgres().url_for("pgoutbox_relay", None, &outbox.name);
+    assert_eq!(verb(&outbox, &["check"]).0, 0);
+    let relay = Relay::start(&outbox);
+    outbox.insert("placed").await;
+    consumer.wait_distinct(1).await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_says_every_fault_at_once_as_text_and_as_json() {
+    let outbox = empty().await;
+    let before = inventory(&outbox).await;
+    let (code, out, _) = verb(&outbox, &["check"]);
+    assert_eq!(code, WORLD, "{out}");
+    for problem in ["slot", "publication", "table"] {
+        assert!(out.lines().any(|line| line.starts_with("WRONG") && line.contains(problem)), "{problem} in\n{out}");
+    }
+    assert_eq!(out.matches("remedy: ").count(), out.matches("WRONG").count(), "{out}");
+    let (code, out, _) = verb(&outbox, &["check", "--json"]);
+    assert_eq!(code, WORLD);
+    let lines: Json = serde_json::from_str(&out).unwrap();
+    let wrong = |line: &&Json| line["ok"] == false && line["problem"].is_string() && line["remedy"].is_string();
+    assert_eq!(lines.as_array().unwrap().iter().filter(wrong).count(), 3, "{out}");
+    assert_eq!(inventory(&outbox).await, before);
+    assert_eq!(verb(&outbox, &["init"]).0, 0);
+    let (code, out, _) = verb(&outbox, &["check", "--json"]);
+    let lines: Json = serde_json::from_str(&out).unwrap();
+    assert!(code == 0 && lines.as_array().unwrap().iter().all(|line| line["ok"] == true), "{out}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_looks_at_the_broker_and_declares_nothing_there() {
+    let mut outbox = outbox().await;
+    let strict = ["check", "--set", "rabbitmq.declare=false"];
+    let (code, out, _) = verb(&outbox, &strict);
+    assert!(code == WORLD && out.contains(&format!("exchange {} does not exist", outbox.name)), "{out}");
+    assert_eq!(verb(&outbox, &["check"]).0, 0, "`run` would declare it");
+    assert_eq!(verb(&outbox, &strict).0, WORLD, "`check` did not");
+    outbox.amqp = "amqp://guest:guest@127.0.0.1:1/%2f".to_owned();
+    let (code, out, _) = verb(&outbox, &["check"]);
+    assert!(code == WORLD && out.contains("WRONG RabbitMQ at 127.0.0.1:1"), "{out}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_tells_where_the_slot_stands_and_who_holds_it() {
+    let outbox = outbox().await;
+    outbox.insert("placed").await;
+    let (code, out, _) = verb(&outbox, &["status", "--json"]);
+    let status: Json = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, status["slot"].as_str()), (0, Some(outbox.name.as_str())));
+    assert_eq!(status["confirmed_lsn"], outbox.confirmed().await.to_string());
+    assert!(status["lag_bytes"].as_u64().unwrap() > 0 && status["retained_bytes"].as_u64().unwrap() > 0, "{out}");
+    assert_eq!((&status["wal_status"], &status["held_by_pid"]), (&Json::from("reserved"), &Json::Null));
+    assert_eq!(status["lag_seconds"], Json::Null, "nobody streams, so nobody knows");
+    let _consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    eventually("lag is known in seconds", || async {
+        let status: Json = serde_json::from_str(&verb(&outbox, &["status", "--json"]).1).unwrap();
+        status["held_by_pid"].is_i64() && status["lag_seconds"].as_f64().is_some_and(|seconds| seconds >= 0.0)
+    })
+    .await;
+    let (code, out, _) = verb(&outbox, &["status"]);
+    assert!(code == 0 && out.contains("wal_status") && out.contains("reserved"), "{out}");
+    assert_eq!(relay.stop(), 0);
+    outbox.sql(&format!("select pg_drop_replication_slot('{}')", outbox.name)).await;
+    let (code, _, err) = verb(&outbox, &["status"]);
+    assert!(code == WORLD && err.contains("does not exist"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tail_prints_committed_rows_without_any_slot_of_the_relay_and_moves_nobodys() {
+    let outbox = outbox().await;
+    let mut other = Outbox { name: format!("{}_none", outbox.name), ..empty().await };
+    other.url.clone_from(&outbox.url);
+    other.amqp = String::new();
+    let before = outbox.confirmed().await;
+    let mut tail = command(&other, &["tail"]);
+    let mut tail = tail.env_remove("AMQP_URL").stdout(Stdio::piped()).spawn().unwrap();
+    let slots =
+        "select count(*) from pg_replication_slots where temporary and active and database = current_database()";
+    eventually("tail has a slot of its own", || async { outbox.text(slots).await.as_deref() == Some("1") }).await;
+    outbox
+        .sql("begin; insert into outbox (aggregatetype, aggregateid, type) values ('x', '1', 'undone'); rollback")
+        .await;
+    let id = outbox.insert("placed").await;
+    let mut line = String::new();
+    BufReader::new(tail.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    tail.kill().unwrap();
+    tail.wait().unwrap();
+    let message: Json = serde_json::from_str(&line).unwrap();
+    assert_eq!((message["id"].as_str(), message["destination"].as_str()), (Some(id.as_str()), Some("order.placed")));
+    assert_eq!(message["payload"], serde_json::json!({"a": 1}));
+    assert_eq!(outbox.confirmed().await, before);
+    eventually("its slot goes with it", || async { outbox.text(slots).await.as_deref() == Some("0") }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tail_says_what_is_wrong_but_not_that_a_slot_is_missing() {
+    let outbox = empty().await;
+    let (code, _, err) = verb(&outbox, &["tail"]);
+    assert!(
+        code == WORLD && err.contains("table public.outbox does not exist") && !err.contains("replication slot"),
+        "{err}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drop_asks_first_and_removes_slot_and_publication_but_never_the_table() {
+    let outbox = outbox().await;
+    outbox.insert("placed").await;
+    let before = inventory(&outbox).await;
+    for answer in ["n\n", "", "perhaps\n"] {
+        let mut drop = command(&outbox, &["drop"]);
+        let mut drop = drop.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop.stdin.take().unwrap().write_all(answer.as_bytes()).unwrap();
+        let (code, out, _) = told(&drop.wait_with_output().unwrap());
+        assert!(code == 0 && out.contains("will never be published") && out.contains("nothing changed"), "{out}");
+        assert_eq!(inventory(&outbox).await, before);
+    }
+    let _consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    let (code, _, err) = verb(&outbox, &["drop", "--yes"]);
+    assert!(code == WORLD && err.contains("in use"), "{err}");
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+    let (code, out, _) = verb(&outbox, &["drop", "--yes"]);
+    assert!(code == 0 && out.contains(&format!("slot {} dropped", outbox.name)), "{out}");
+    assert_eq!(outbox.text("select count(*) from outbox").await.as_deref(), Some("1"));
+    let left = inventory(&outbox).await.unwrap();
+    assert!(left.starts_with("table outbox") && !left.contains("publication"), "{left}");
+    assert_eq!(verb(&outbox, &["drop", "--yes"]).0, 0, "nothing left is fine");
+}
+
+#[test]
+fn usage_errors_are_64_and_help_is_0() {
+    for arguments in [&["nonsense"][..], &["run", "--nonsense"], &[], &["run", "--set", "no-equals-sign"]] {
+        let (code, ..) = told(&pgoutbox().args(arguments).output().unwrap());
+        assert_eq!(code, USAGE, "{arguments:?}");
+    }
+    for arguments in [&["--help"][..], &["--version"], &["run", "--help"]] {
+        let (code, out, _) = told(&pgoutbox().args(arguments).output().unwrap());
+        assert!(code == 0 && !out.is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn all_faults_of_the_settings_are_told_at_once_with_full_names_and_without_secrets() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    write!(
+        file,
+        "[rabbitmq]\nurl = \"http://guest:{CANARY}@h\"\nwindow_mesages = 5\nwindow_bytes = \"8 parsecs\"\n\
+         [run]\ngive_up_after = \"soon\"\n[http]\nlisten = \"${{NOT_SET}}\"\n"
+    )
+    .unwrap();
+    let mut run = pgoutbox();
+    run.args(["run", "--config", file.path().to_str().unwrap(), "--set", "postgres.slot=Not A Slot"]);
+    run.env("DATABASE_URL", format!("postgres://u:{CANARY}@h:port/d")).env("PGOUTBOX__OUTBOX__TABEL", "x");
+    let (code, out, err) = told(&run.output().unwrap());
+    assert_eq!(code, USAGE, "{err}");
+    for fault in [
+        "postgres.url: ",
+        "postgres.slot: ",
+        "rabbitmq.url: ",
+        "rabbitmq.window_mesages: unknown key",
+        "did you mean rabbitmq.window_messages?",
+        "rabbitmq.window_bytes: ",
+        "run.give_up_after: ",
+        "http.listen: environment variable NOT_SET is not set",
+        "outbox.tabel: unknown key",
+        "did you mean outbox.table?",
+    ] {
+        assert!(err.contains(fault), "{fault:?} is not in\n{err}");
+    }
+    assert!(!(out + &err).contains(CANARY));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_printed_settings_hide_secrets_and_need_no_network() {
+    let secret = format!("postgres://u:{CANARY}@nowhere.invalid/d");
+    let mut run = pgoutbox();
+    run.args(["run", "--print-config", "--set", "rabbitmq.exchange=events", "--give-up-after", "10min"]);
+    run.env("DATABASE_URL", secret).env("AMQP_URL", format!("amqp://u:{CANARY}@nowhere.invalid"));
+    run.env("PGOUTBOX__RABBITMQ__EXCHANGE", "overridden").env("PGOUTBOX__OUTBOX__TABLE", "shop.events");
+    let (code, out, err) = told(&run.output().unwrap());
+    assert_eq!(code, 0, "{err}");
+    let printed: toml::Table = out.parse().unwrap();
+    assert_eq!(printed["rabbitmq"]["exchange"].as_str(), Some("events"), "a flag comes before the environment");
+    assert_eq!(printed["outbox"]["table"].as_str(), Some("shop.events"));
+    assert_eq!(printed["run"]["give_up_after"].as_str(), Some("10min"));
+    assert_eq!(printed["postgres"]["url"].as_str(), Some("***"));
+    assert_eq!(printed["rabbitmq"]["url"].as_str(), Some("***"));
+    assert!(!(out + &err).contains(CANARY));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_verb_tells_a_secret_whatever_goes_wrong() {
+    let mut outbox = outbox().await;
+    outbox.url = shared_postgres().url_for("nobody", Some(CANARY), &outbox.name);
+    outbox.amqp = outbox.amqp.replace("guest:guest", &format!("nobody:{CANARY}"));
+    let mut told = String::new();
+    for arguments in [&["init"][..], &["check"], &["check", "--json"], &["status"], &["tail"], &["drop", "--yes"]] {
+        let (code, out, err) = verb(&outbox, &[arguments, &["--log-level", "trace"]].concat());
+        assert_ne!(code, 0, "{arguments:?}");
+        told = told + &out + &err;
+    }
+    let relay = Relay::start_with(&outbox, &[("run.give_up_after", "1s")]);
+    let (code, log) = relay.ended();
+    assert_eq!(code, 69, "{log}");
+    told += &log;
+    assert!(told.contains("nobody") && !told.contains(CANARY), "{told}");
+}
