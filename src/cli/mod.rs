@@ -132,7 +132,8 @@ fn report(error: &Error) -> ExitCode {
     if matches!(error, Error::Config(_) | Error::Found(_) | Error::Servers(_) | Error::Demo(_)) {
         eprintln!("pgoutbox: {error}");
     } else {
-        tracing::error!(exit_code = code as u8, "{}", explain(error));
+        // The code first: a remedy at the end of the line can be pasted.
+        tracing::error!("exit {code}: {}", explain(error));
     }
     code
 }

@@ -58,9 +58,9 @@ pub enum Error {
     #[error(
         "a row of table {name} (OID {oid}) came through the publication, and the catalog knows it neither as the outbox or \
          a partition of it nor as another table of the publication: it was dropped, detached or taken out of the \
-         publication before its rows were read. Remedy: if it is still there, attach it or add it again and restart; else only the \
-         write-ahead log has its rows: save what matters of pg_logical_slot_peek_binary_changes, drop the slot and run \
-         `pgoutbox init`"
+         publication before its rows were read. Remedy: if it is still there, attach it or add it again and restart; else \
+         only the write-ahead log has its rows: save what matters of pg_logical_slot_peek_binary_changes, drop the slot \
+         and run `pgoutbox init`"
     )]
     UnknownTable {
         /// Its OID.

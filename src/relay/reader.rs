@@ -54,7 +54,11 @@ pub(super) struct Feedback {
 
 impl Feedback {
     pub(super) fn new(start: Lsn) -> Self {
-        Self { received: start, told: start, last: Instant::now(), reply_requested: false, heard: Instant::now() }
+        // The first status goes out at once: what an earlier session settled in its last moments was never told, and a
+        // session that ends by a refusal is too short for the timer.
+        let now = Instant::now();
+        let last = now.checked_sub(STATUS_INTERVAL).unwrap_or(now);
+        Self { received: start, told: start, last, reply_requested: true, heard: now }
     }
 
     /// When the next status goes out: soon when there is something to say, else often enough to stay alive.

@@ -56,7 +56,12 @@ pub(super) async fn run<D: Database, B: Broker>(
     };
     metrics.opened();
     metrics.heard(opened.silence_max);
-    tracing::info!(from = %opened.start, timeline = opened.identity.timeline, "streaming");
+    if progress.caution().is_on() {
+        // Sessions may come every few seconds now; why was said already.
+        tracing::debug!(from = %opened.start, timeline = opened.identity.timeline, "streaming, one by one");
+    } else {
+        tracing::info!(from = %opened.start, timeline = opened.identity.timeline, "streaming");
+    }
     let shared = Mutex::new(std::mem::take(progress));
     let result = stream(sink, opened, mapping, settings, metrics, &shared, stop).await;
     *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -88,12 +88,13 @@ async fn a_session_settles_exactly_what_came_before_the_first_unroutable_message
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_that_no_frame_could_take_is_refused_before_anything_is_sent() {
     let mut sink = open().await;
+    sink.admit(&message("good".to_owned(), "known")).unwrap();
     let mut large = message("large".to_owned(), "known");
     large.headers.push(("text".to_owned(), HeaderValue::Text("x".repeat(200_000))));
     let mut long = message("long".to_owned(), "known");
     long.body = Bytes::from(vec![b'x'; usize::try_from(MESSAGE_BYTES_MAX).unwrap() + 1]);
     for bad in [large, long] {
-        let error = sink.publish(vec![message("good".to_owned(), "known"), bad]).await.unwrap_err();
+        let error = sink.admit(&bad).unwrap_err();
         assert!(matches!(error, Error::Undeliverable { .. }), "{error}");
     }
     // The session is as it was.

@@ -61,7 +61,7 @@ async fn inventory(outbox: &Outbox) -> Option<String> {
 /// The statement after the last occurrence of `before` in the log, up to the end of the sentence or the line's fields.
 fn statement(log: &str, before: &str) -> String {
     let (_, rest) = log.rsplit_once(before).unwrap_or_else(|| panic!("{before:?} is not in\n{log}"));
-    let line = rest.lines().next().unwrap().split(" exit_code=").next().unwrap();
+    let line = rest.lines().next().unwrap();
     line.split_once(". ").map_or(line, |(statement, _)| statement).to_owned()
 }
 

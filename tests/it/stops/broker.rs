@@ -103,6 +103,7 @@ async fn an_unroutable_message_holds_the_slot_until_a_queue_is_bound() {
     let queue = format!("{}_all", outbox.name);
     bind(&outbox, &queue, "order.placed").await;
     outbox.insert("placed").await;
+    let placed = witness.last_commit().await;
     outbox.insert("lonely").await;
     let lonely = witness.last_commit().await;
     for _ in 0..100 {
@@ -114,6 +115,8 @@ async fn an_unroutable_message_holds_the_slot_until_a_queue_is_bound() {
     eventually("it is tried again", || async { refused() >= 3.0 }).await;
     assert!(relay.log().contains("no queue is bound to exchange"), "{}", relay.log());
     assert_eq!(relay.metric("pgoutbox_ready"), 0.0);
+    // What was settled before it is told, though no session lives long; the refused one is not.
+    eventually("the slot passes what came before", || async { outbox.confirmed().await > placed }).await;
     assert!(outbox.confirmed().await < lonely, "the slot was moved past a refused message");
     // The remedy; the consumer's own binding takes everything.
     let consumer = Consumer::start(&outbox).await;

@@ -27,7 +27,7 @@ async fn a_missing_slot_is_named_and_never_made_by_run() {
     let consumer = Consumer::start(&outbox).await;
     let slot = format!("replication slot {} does not exist", outbox.name);
     let log = stops(&outbox, WORLD, &[&slot, "pgoutbox init", "reconcile"]).await;
-    assert!(log.contains("exit_code=78"), "{log}");
+    assert!(log.contains("exit 78:"), "{log}");
     // The remedy.
     assert!(verb(&outbox, &["init"]).status.success());
     let relay = Relay::start(&outbox);
