@@ -54,11 +54,7 @@ pub(super) struct Feedback {
 
 impl Feedback {
     pub(super) fn new(start: Lsn) -> Self {
-        // The first status goes out at once: what an earlier session settled in its last moments was never told, and a
-        // session that ends by a refusal is too short for the timer.
-        let now = Instant::now();
-        let last = now.checked_sub(STATUS_INTERVAL).unwrap_or(now);
-        Self { received: start, told: start, last, reply_requested: true, heard: now }
+        Self { received: start, told: start, last: Instant::now(), reply_requested: false, heard: Instant::now() }
     }
 
     /// When the next status goes out: soon when there is something to say, else often enough to stay alive.
@@ -70,11 +66,11 @@ impl Feedback {
 
 impl<S: Source> Reader<'_, S> {
     /// Reads until told to stop (then to the end of the open transaction), until a row cannot be delivered, or until the
-    /// publisher wants no more; then waits for the settler and ends the stream.
+    /// publisher wants no more; then waits for the settler.
     ///
     /// Returns why it stopped, if not because it was told to.
     pub(super) async fn run(
-        mut self,
+        &mut self,
         items: mpsc::Sender<Read>,
         stop: &mut watch::Receiver<bool>,
     ) -> Result<Option<Error>, Error> {
@@ -82,10 +78,15 @@ impl<S: Source> Reader<'_, S> {
         // The publisher sees the channel end, publishes what is in it and ends; so does the settler.
         drop(items);
         self.drain().await?;
+        Ok(reason)
+    }
+
+    /// Tells the last status and ends the stream. Also when the broker ended the session: what it settled in the last
+    /// moments is told, and the slot is free for the next session at once.
+    pub(super) async fn finish(mut self) -> Result<(), Error> {
         let status = self.status(false);
         self.note(status);
-        self.source.finish(status).await?;
-        Ok(reason)
+        Ok(self.source.finish(status).await?)
     }
 
     async fn read(

@@ -14,7 +14,7 @@ use super::progress::Caution;
 use super::publisher::{Publisher, Window};
 use super::reader::{Feedback, Reader};
 use super::settler::Settler;
-use super::{Broker, Database, Error, Opened, Progress, Settings, stopped};
+use super::{Broker, Database, Error, Opened, Progress, Settings, Watch, stopped};
 use crate::metrics::Metrics;
 use crate::outbox::{Assembler, Mapping};
 use crate::pg;
@@ -26,6 +26,9 @@ const CHANNEL_ITEMS: usize = 1024;
 
 /// What a stopping server is given to hear the rest; `pg_ctl stop` waits for it.
 const SERVER_STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// How long telling the last status may take when the broker has ended the session.
+const PARTING: Duration = Duration::from_secs(2);
 
 /// Runs one session. `Ok` when it was told to stop.
 pub(super) async fn run<D: Database, B: Broker>(
@@ -99,7 +102,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(CHANNEL_ITEMS));
     let (settled_in, settled_out) = watch::channel(opened.start);
     let (halt, mut halted) = watch::channel(false);
-    let reader = Reader {
+    let mut reader = Reader {
         source: opened.source,
         assembler: Assembler::new(mapping.clone(), opened.tables),
         settled: settled_out,
@@ -118,6 +121,27 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
             tokio::try_join!(reader.run(items_in, &mut halted), publisher.run(), settler.run())?;
         read.or(published).map_or(Ok(()), Err)
     };
+    let result = end(stations, opened.watch, &halt, settings, stop).await;
+    match result {
+        Ok(()) => reader.finish().await,
+        // The stream is broken, or the server waits for us to let go.
+        Err(Error::Postgres(error)) if error.retry() == Retry::Later => Err(error.into()),
+        Err(error) => {
+            // The failure is what counts; parting well only spares duplicates.
+            let _ = timeout(PARTING, reader.finish()).await;
+            Err(error)
+        }
+    }
+}
+
+/// Waits for the stations, or for a reason to end them; makes them drain where that can help, within limits.
+async fn end(
+    stations: impl Future<Output = Result<(), Error>>,
+    watch: Watch,
+    halt: &watch::Sender<bool>,
+    settings: &Settings,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<(), Error> {
     let mut stations = std::pin::pin!(stations);
     // Biased: stations that are done have the last word.
     tokio::select! {
@@ -130,7 +154,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
                 Ok(())
             })
         }
-        error = opened.watch => {
+        error = watch => {
             if error.retry() == Retry::Never {
                 // What was read before the world changed still counts.
                 halt.send_replace(true);
