@@ -63,7 +63,7 @@ pub(super) async fn findings(config: &Config, control: &Control) -> Result<Vec<F
         metrics: Arc::new(Metrics::new()),
     };
     let world = control.inspect(&config.names).await?;
-    let mut findings = database.findings(&world).await;
+    let mut findings = database.findings(&world);
     if world.in_recovery {
         let remedy = "connect to the primary; the relay waits for it".to_owned();
         findings.push(Finding { problem: format!("{} is a standby", control.host()), remedy });

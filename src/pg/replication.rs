@@ -20,6 +20,9 @@ pub const EPOCH_SECONDS: u64 = 946_684_800;
 /// Writing a few bytes blocks only when the peer has not read for so long that its socket is full.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A command that reads no WAL answers in milliseconds; one that does not is a peer that is not there.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long a clean end may take: the server answers as soon as it has read our last status.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -86,7 +89,7 @@ impl Replication {
     /// # Errors
     /// `Protocol` when the answer is not one.
     pub async fn identify(&mut self) -> Result<(Identity, Lsn), Error> {
-        let rows = self.connection.query("IDENTIFY_SYSTEM").await?;
+        let rows = self.ask("IDENTIFY_SYSTEM").await?;
         let wrong = || Error::Protocol("an answer to IDENTIFY_SYSTEM without its columns".to_owned());
         let row = rows.into_iter().next().ok_or_else(wrong)?;
         let mut columns = row.into_iter().map(Option::unwrap_or_default);
@@ -102,12 +105,17 @@ impl Replication {
     /// `Protocol` when the answer is not one.
     pub async fn sender_timeout(&mut self) -> Result<Option<Duration>, Error> {
         let wrong = || Error::Protocol("an answer to SHOW wal_sender_timeout that is no duration".to_owned());
-        let rows = self.connection.query("SHOW wal_sender_timeout").await?;
+        let rows = self.ask("SHOW wal_sender_timeout").await?;
         let text = rows.into_iter().flatten().flatten().next().ok_or_else(wrong)?;
         parse_duration(&text).ok_or_else(wrong)
     }
 
-    /// Makes a slot that goes with this connection.
+    async fn ask(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
+        let late = Error::Timeout { during: "a replication command", after: ANSWER_TIMEOUT };
+        timeout(ANSWER_TIMEOUT, self.connection.query(command)).await.unwrap_or(Err(late))
+    }
+
+    /// Makes a slot that goes with this connection. Waits for the transactions that run now, however long they do.
     ///
     /// # Errors
     /// `Server`, when there is no room for one.

@@ -31,6 +31,10 @@ const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// The stream may be silent for so long where `wal_sender_timeout` is switched off.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
+/// What to do when the outbox is another table than when the stream began.
+const RECREATED: &str = "check which rows were committed before the new table joined the publication: they are not in the \
+    stream. Then restart";
+
 /// Opens streams from one Postgres.
 pub struct Postgres {
     /// Where it is.
@@ -52,10 +56,7 @@ pub struct PostgresSource {
 
 impl Postgres {
     /// What keeps a relay from running here: the catalog's findings and the columns'.
-    ///
-    /// # Errors
-    /// Of the connection.
-    pub async fn findings(&self, world: &World) -> Vec<Finding> {
+    pub fn findings(&self, world: &World) -> Vec<Finding> {
         let mut findings = world.findings(&self.names);
         if let (Some(table), Some(_)) = (&world.table, &world.publication) {
             findings.extend(self.column_finding(&table.columns, &world.streamed_columns()));
@@ -84,14 +85,14 @@ impl Postgres {
     /// is attached between two of them looks like a hole in the publication.
     async fn inspect(&self, control: &Control) -> Result<World, pg::Error> {
         let mut world = control.inspect(&self.names).await?;
-        if !self.findings(&world).await.is_empty() {
+        if !self.findings(&world).is_empty() {
             world = control.inspect(&self.names).await?;
         }
         if world.in_recovery {
             let host = control.host();
             return Err(pg::Error::NotNow(format!("{host} is a standby: waiting for a primary")));
         }
-        let findings = self.findings(&world).await;
+        let findings = self.findings(&world);
         if findings.is_empty() { Ok(world) } else { Err(pg::Error::World(findings)) }
     }
 
@@ -131,10 +132,7 @@ impl Postgres {
             let table = self.names.qualified();
             return Err(pg::Error::World(vec![Finding {
                 problem: format!("table {table} was dropped and re-created while it was streamed"),
-                remedy:
-                    "check which rows were committed before the new table joined the publication: they are not in the \
-                         stream. Then restart"
-                        .to_owned(),
+                remedy: RECREATED.to_owned(),
             }]));
         }
         Ok(())
