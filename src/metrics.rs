@@ -189,9 +189,9 @@ impl Metrics {
         reasons
     }
 
-    /// Something was heard from Postgres; the stream may now be silent for `limit`.
-    pub fn heard(&self, limit: Duration) {
-        self.state().heard = Some((Instant::now(), limit));
+    /// Postgres was heard last `at` then; the stream may be silent for `limit` from there.
+    pub fn heard(&self, at: Instant, limit: Duration) {
+        self.state().heard = Some((at, limit));
     }
 
     /// Broker and stream are open, in this order.
@@ -265,7 +265,7 @@ mod tests {
         let metrics = Metrics::new();
         assert!(!metrics.reasons().is_empty());
         metrics.opened();
-        metrics.heard(Duration::from_secs(10));
+        metrics.heard(Instant::now(), Duration::from_secs(10));
         assert_eq!(metrics.reasons(), [""; 0]);
         metrics.refuse(Some("unroutable".to_owned()));
         metrics.blocked(Some("low on memory".to_owned()));

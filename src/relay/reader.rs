@@ -129,7 +129,7 @@ impl<S: Source> Reader<'_, S> {
                     self.feedback.heard = Instant::now();
                 }
                 event = self.source.next(), if pending.is_none() => {
-                    self.hear();
+                    self.feedback.heard = Instant::now();
                     match self.item(event?).await {
                         Ok(item) => pending = item,
                         // The row stays where it is; what came before it is settled and told.
@@ -181,22 +181,14 @@ impl<S: Source> Reader<'_, S> {
         }))
     }
 
-    fn hear(&mut self) {
-        let now = Instant::now();
-        if now.duration_since(self.feedback.heard) > STATUS_INTERVAL || self.feedback.received == self.feedback.told {
-            self.metrics.heard(self.silence_max);
-        }
-        self.feedback.heard = now;
-    }
-
     /// Tells Postgres; and finds out whether it is still there, unless we are the ones who do not listen.
     async fn tell(&mut self, is_full: bool) -> Result<(), Error> {
         let silent = self.feedback.heard.elapsed();
-        if is_full {
-            self.metrics.heard(self.silence_max);
-        } else if silent > self.silence_max {
+        if !is_full && silent > self.silence_max {
             return Err(crate::pg::Error::Timeout { during: "streaming", after: self.silence_max }.into());
         }
+        let heard = if is_full { Instant::now() } else { self.feedback.heard };
+        self.metrics.heard(heard, self.silence_max);
         let status = self.status(!is_full && silent >= self.silence_max / 4);
         self.note(status);
         self.source.tell(status).await?;

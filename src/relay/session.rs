@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::progress::Caution;
 use super::publisher::{Publisher, Window};
@@ -58,7 +58,7 @@ pub(super) async fn run<D: Database, B: Broker>(
         }
     };
     metrics.opened();
-    metrics.heard(opened.silence_max);
+    metrics.heard(Instant::now(), opened.silence_max);
     if progress.caution().is_on() {
         // Sessions may come every few seconds now; why was said already.
         tracing::debug!(from = %opened.start, timeline = opened.identity.timeline, "streaming, one by one");

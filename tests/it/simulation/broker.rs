@@ -102,6 +102,7 @@ async fn serve(world: World, mut incoming: mpsc::UnboundedReceiver<Run>) {
         if world.strikes(100) {
             sleep(Duration::from_millis(world.random(|random| random.u64(0..3000)))).await;
         }
+        sleep(world.with(|state| state.acknowledge_after)).await;
         match refused {
             None => {
                 // Acknowledged is what the relay can know: nothing, when it is no longer there.

@@ -201,7 +201,8 @@ impl Source for FakeSource {
                 self.next_at = Instant::now() + Duration::from_millis(20);
                 continue;
             };
-            let pause = self.world.random(|random| if random.u8(..) < 40 { random.u64(0..200) } else { 0 });
+            let pauses = self.world.with(|state| state.pauses);
+            let pause = self.world.random(|random| if pauses && random.u8(..) < 40 { random.u64(0..200) } else { 0 });
             self.next_at = Instant::now() + Duration::from_millis(pause);
             if self.world.strikes(3) {
                 self.world.note("the stream breaks");

@@ -36,6 +36,10 @@ pub(super) struct State {
     pub(super) confirmed: u64,
     pub(super) saved: u64,
     pub(super) slot_in_use: bool,
+    /// Whether the server takes a rest now and then.
+    pub(super) pauses: bool,
+    /// How long the broker takes to confirm a run, in any case.
+    pub(super) acknowledge_after: Duration,
     /// Rows that the broker refuses so many more times.
     pub(super) refusals: HashMap<String, u32>,
     /// By session: rows sent by Postgres, rows published by the relay.
@@ -85,6 +89,8 @@ impl World {
             confirmed: 1000,
             saved: 1000,
             slot_in_use: false,
+            pauses: true,
+            acknowledge_after: Duration::ZERO,
             refusals,
             sessions: Vec::new(),
             held: Vec::new(),
@@ -93,6 +99,26 @@ impl World {
             random,
         };
         Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// No faults, a row every 50 ms, and a broker that is always a little behind: the stream never pauses, and what is told
+    /// never catches up with what is read.
+    pub(super) fn steady() -> Self {
+        let world = Self::new(0);
+        world.with(|state| {
+            (state.faults, state.had_faults, state.had_refusals) = (false, false, false);
+            state.refusals.clear();
+            state.pauses = false;
+            state.acknowledge_after = Duration::from_millis(300);
+            let entry = |number: u64| Entry {
+                at: Duration::from_millis(50 * number),
+                commit_lsn: 1000 + 48 * number,
+                end_lsn: 1000 + 48 * (number + 1),
+                rows: vec![format!("{number}.0")],
+            };
+            state.wal = (0..600).map(entry).collect();
+        });
+        world
     }
 
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {

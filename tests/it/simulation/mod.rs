@@ -67,15 +67,37 @@ fn simulate(seed: u64, verbose: bool) {
     });
 }
 
+#[tokio::test(start_paused = true)]
+async fn ready_is_said_all_along_while_the_stream_never_pauses() {
+    let world = World::steady();
+    let metrics = Arc::new(Metrics::new());
+    let (stop, stopped) = watch::channel(false);
+    let looking = async {
+        sleep(Duration::from_secs(1)).await;
+        while !world.is_all_told() {
+            assert_eq!(metrics.reasons(), Vec::<String>::new(), "\n{}", world.log());
+            sleep(Duration::from_millis(100)).await;
+        }
+        stop.send_replace(true);
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        result = process(&world, &metrics, stopped) => result.unwrap(),
+        () = looking => {}
+    }
+    world.judge();
+}
+
 /// Processes live and die while faults last; then one lives on until all is settled.
 async fn run(world: &World) {
-    let began = Instant::now();
+    let (began, metrics) = (Instant::now(), Arc::new(Metrics::new()));
     while began.elapsed() < FAULTS {
         let life = world.random(|random| Duration::from_millis(random.u64(1..30_000)));
         if !world.has_faults() || world.random(|random| random.bool()) {
             // SIGTERM: no fault, so a seed without faults has its restarts too, and no duplicate.
             let (stop, stopped) = watch::channel(false);
-            let process = process(world, stopped);
+            let process = process(world, &metrics, stopped);
             let end = async {
                 sleep(life).await;
                 stop.send_replace(true);
@@ -89,7 +111,7 @@ async fn run(world: &World) {
         } else {
             // kill -9: the future is dropped wherever it is.
             let (_stop, stopped) = watch::channel(false);
-            if let Ok(result) = timeout(life, process(world, stopped)).await {
+            if let Ok(result) = timeout(life, process(world, &metrics, stopped)).await {
                 result.unwrap_or_else(|error| panic!("{error}"));
             }
         }
@@ -108,13 +130,13 @@ async fn run(world: &World) {
     };
     tokio::select! {
         biased;
-        result = process(world, stopped) => result.unwrap_or_else(|error| panic!("{error}")),
+        result = process(world, &metrics, stopped) => result.unwrap_or_else(|error| panic!("{error}")),
         () = all_told => {}
     }
 }
 
 /// One life of `pgoutbox run`.
-async fn process(world: &World, stop: watch::Receiver<bool>) -> Result<(), relay::Error> {
+async fn process(world: &World, metrics: &Arc<Metrics>, stop: watch::Receiver<bool>) -> Result<(), relay::Error> {
     let settings = world.random(|random| Settings {
         window_messages: random.usize(1..20),
         window_bytes: random.usize(1..10_000),
@@ -128,5 +150,5 @@ async fn process(world: &World, stop: watch::Receiver<bool>) -> Result<(), relay
         destination: "{aggregatetype}".parse().unwrap(),
     };
     let (database, broker) = (FakeDatabase::new(world), FakeBroker::new(world));
-    relay::run(database, broker, &mapping, &settings, &Arc::new(Metrics::new()), stop).await
+    relay::run(database, broker, &mapping, &settings, metrics, stop).await
 }
