@@ -185,7 +185,8 @@ impl Metrics {
         }
         reasons.extend(state.blocked.iter().map(|reason| format!("the broker blocks publishers: {reason}")));
         reasons.extend(state.refused.iter().cloned());
-        reasons.extend(state.waiting.iter().cloned());
+        // A refusal ends its session: said once.
+        reasons.extend(state.waiting.iter().filter(|waiting| state.refused.as_ref() != Some(*waiting)).cloned());
         reasons
     }
 
@@ -226,9 +227,14 @@ impl Metrics {
         self.state().blocked.is_some()
     }
 
-    /// A message is refused, or was taken at last.
-    pub fn refuse(&self, reason: Option<String>) {
-        self.state().refused = reason;
+    /// A message is refused.
+    pub fn refuse(&self, reason: String) {
+        self.state().refused = Some(reason);
+    }
+
+    /// Messages are taken. Whether one had been refused before.
+    pub fn taken(&self) -> bool {
+        self.state().refused.take().is_some()
     }
 
     /// Commit time of the oldest message in flight, microseconds since 1970; `None` when nothing waits.
@@ -267,10 +273,10 @@ mod tests {
         metrics.opened();
         metrics.heard(Instant::now(), Duration::from_secs(10));
         assert_eq!(metrics.reasons(), [""; 0]);
-        metrics.refuse(Some("unroutable".to_owned()));
+        metrics.refuse("unroutable".to_owned());
         metrics.blocked(Some("low on memory".to_owned()));
         assert_eq!(metrics.reasons().len(), 2);
-        metrics.refuse(None);
+        assert!(metrics.taken() && !metrics.taken());
         metrics.blocked(None);
         tokio::time::advance(Duration::from_secs(11)).await;
         assert!(metrics.reasons()[0].contains("nothing heard"));

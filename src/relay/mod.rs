@@ -213,7 +213,7 @@ pub async fn run<D: Database, B: Broker>(
             metrics.closed(None);
             return Ok(());
         };
-        metrics.closed(Some(error.to_string()));
+        metrics.closed(Some(explain(&error)));
         note_refusal(&error, metrics);
         if error.retry() == Retry::Never {
             return Err(error);
@@ -245,7 +245,7 @@ fn note_refusal(error: &Error, metrics: &Metrics) {
         _ => return,
     };
     metrics.refused.get_or_create(&Reason { reason }).inc();
-    metrics.refuse(Some(error.to_string()));
+    metrics.refuse(explain(error));
 }
 
 /// Once, and again when it changes or lasts: a relay that waits must not fill the log.
@@ -253,10 +253,10 @@ fn log(error: &Error, wait: Duration, logged: &mut Option<(String, Instant)>) {
     let text = explain(error);
     let is_news = logged.as_ref().is_none_or(|(last, at)| *last != text || at.elapsed() > REPEAT_LOG);
     if is_news {
-        tracing::warn!(retry_in_ms = wait.as_millis(), "session ended, nothing is lost: {text}");
+        tracing::warn!("session ended, nothing is lost, next in {} ms: {text}", wait.as_millis());
         *logged = Some((text, Instant::now()));
     } else {
-        tracing::debug!(retry_in_ms = wait.as_millis(), "session ended again: {text}");
+        tracing::debug!("session ended again, next in {} ms: {text}", wait.as_millis());
     }
 }
 

@@ -204,6 +204,9 @@ impl<K: Sink> Publisher<'_, K> {
         if let Some(id) = alone {
             self.window.empty().await;
             self.caution.proven(&id);
+            if !self.caution.is_on() && self.metrics.taken() {
+                tracing::info!(id, "the broker takes what it had refused; going on");
+            }
         }
         Ok(())
     }

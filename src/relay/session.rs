@@ -59,8 +59,8 @@ pub(super) async fn run<D: Database, B: Broker>(
     };
     metrics.opened();
     metrics.heard(Instant::now(), opened.silence_max);
-    if progress.caution().is_on() {
-        // Sessions may come every few seconds now; why was said already.
+    if progress.caution().until.is_some() {
+        // While a message is refused, sessions come every few seconds; why was said already.
         tracing::debug!(from = %opened.start, timeline = opened.identity.timeline, "streaming, one by one");
     } else {
         tracing::info!(from = %opened.start, timeline = opened.identity.timeline, "streaming");

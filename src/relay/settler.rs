@@ -75,6 +75,5 @@ impl Settler<'_> {
             self.metrics.commit_to_settled.observe(metrics::age(*at).as_secs_f64());
         }
         self.metrics.oldest(None);
-        self.metrics.refuse(None);
     }
 }

@@ -256,7 +256,8 @@ fn explain(error: &lapin::Error) -> String {
         lapin::ErrorKind::InvalidChannelState(..) | lapin::ErrorKind::InvalidConnectionState(_) => {
             "the broker closed the connection".to_owned()
         }
-        _ => error.to_string(),
+        // RabbitMQ ends its sentences, ours go on.
+        _ => error.to_string().trim_end_matches('.').to_owned(),
     };
     match amqp_code(error) {
         Some(403) => format!("{text}. Remedy: check user, password, vhost and permissions of rabbitmq.url"),
