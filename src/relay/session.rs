@@ -122,16 +122,23 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         read.or(published).map_or(Ok(()), Err)
     };
     let result = end(stations, opened.watch, &halt, settings, stop).await;
-    match result {
+    let result = match result {
         Ok(()) => reader.finish().await,
         // The stream is broken, or the server waits for us to let go.
-        Err(Error::Postgres(error)) if error.retry() == Retry::Later => Err(error.into()),
+        Err(Error::Postgres(error)) if error.retry() == Retry::Later => {
+            drop(reader);
+            Err(error.into())
+        }
         Err(error) => {
             // The failure is what counts; parting well only spares duplicates.
             let _ = timeout(PARTING, reader.finish()).await;
             Err(error)
         }
+    };
+    if !matches!(result, Err(Error::Sink(_))) {
+        sink.close().await;
     }
+    result
 }
 
 /// Waits for the stations, or for a reason to end them; makes them drain where that can help, within limits.

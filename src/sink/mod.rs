@@ -42,6 +42,14 @@ pub trait Sink: Send {
     /// # Errors
     /// Why it could not.
     fn check(&mut self) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Says goodbye to a broker that did nothing wrong. A session that is dropped without it ends as well.
+    fn close(self) -> impl Future<Output = ()> + Send
+    where
+        Self: Sized,
+    {
+        std::future::ready(())
+    }
 }
 
 /// Settles when the broker holds every message of a run.
@@ -192,6 +200,13 @@ impl Sink for AnySink {
         match self {
             AnySink::RabbitMq(sink) => sink.check().await,
             AnySink::Stdout(sink) => sink.check().await,
+        }
+    }
+
+    async fn close(self) {
+        match self {
+            AnySink::RabbitMq(sink) => sink.close().await,
+            AnySink::Stdout(sink) => sink.close().await,
         }
     }
 }

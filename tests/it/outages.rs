@@ -57,4 +57,13 @@ async fn an_alarm_is_waited_out_in_one_session_and_costs_no_duplicate() {
     relay.ready().await;
     assert!(relay.metric("pgoutbox_sessions_total{end=\"broker\"}").is_nan(), "{}", relay.log());
     assert_eq!(relay.stop(), 0);
+    // A clean stop says goodbye: a warning in the broker's log at every deploy would hide those that matter.
+    let goodbye = || {
+        let log = rabbitmq.log();
+        log.lines()
+            .find(|line| line.contains("closing AMQP connection") && line.contains("- pgoutbox"))
+            .map(str::to_owned)
+    };
+    eventually("the broker has seen the end", || async { goodbye().is_some() }).await;
+    assert!(goodbye().unwrap().contains("[info]"), "{}", goodbye().unwrap());
 }

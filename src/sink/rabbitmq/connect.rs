@@ -7,19 +7,15 @@
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
 use lapin::uri::{AMQPScheme, AMQPUri};
 use lapin::{Connection, ConnectionProperties};
 use tokio::net::lookup_host;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use super::{ANSWER_TIMEOUT, answer, explain, host};
 use crate::sink::Error;
-
-/// How long a connection whose work is done may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
 
 /// A second handle of a connection's socket. Dropped: the socket is shut down.
 #[derive(Debug, Default)]
@@ -30,18 +26,6 @@ impl Drop for Leash {
         if let Some(socket) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // Already closed: all the better.
             let _ = socket.shutdown(Shutdown::Both);
-        }
-    }
-}
-
-impl Leash {
-    /// Lets the connection close itself first; there is nothing in flight.
-    pub(super) fn release(self) {
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                sleep(GOODBYE).await;
-                drop(self);
-            });
         }
     }
 }

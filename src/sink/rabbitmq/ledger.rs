@@ -56,13 +56,6 @@ pub(super) struct Progress {
     failure: Option<Error>,
 }
 
-impl Progress {
-    /// Whether the session is sound and the broker holds the first `last` messages of it.
-    pub(super) fn is_settled(&self, last: u64) -> bool {
-        self.failure.is_none() && self.settled >= last
-    }
-}
-
 /// Settles when the broker holds the first `last` messages of the session.
 pub(super) fn receipt(mut progress: watch::Receiver<Progress>, last: u64) -> Receipt {
     Receipt::new(async move {

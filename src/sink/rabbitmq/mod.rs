@@ -33,6 +33,9 @@ use crate::outbox::Message;
 /// Connecting, declaring, opening a channel: each answers in milliseconds or not at all.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a broker may take to answer a goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 /// Half of what `amqp://` URIs usually ask for: a broker that is gone is noticed after two silent intervals.
 const HEARTBEAT_SECONDS: u16 = 10;
 
@@ -69,20 +72,15 @@ pub struct RabbitMq {
     runs: mpsc::UnboundedSender<Vec<Publish>>,
     progress: watch::Receiver<Progress>,
     watchers: [JoinHandle<()>; 2],
-    // Its drop closes the connection, when nothing uses it any more.
-    _connection: Connection,
-    leash: Option<Leash>,
+    connection: Connection,
+    // Dropped: the socket goes at once. What still stands in it must not arrive later than need be.
+    _leash: Leash,
 }
 
 impl Drop for RabbitMq {
     fn drop(&mut self) {
         for watcher in &self.watchers {
             watcher.abort();
-        }
-        // With messages in flight the socket goes at once: what stands in it must not arrive later than need be.
-        let is_settled = self.progress.borrow().is_settled(self.published);
-        if let Some(leash) = self.leash.take().filter(|_| is_settled) {
-            leash.release();
         }
     }
 }
@@ -126,8 +124,8 @@ impl RabbitMq {
             runs,
             progress,
             watchers: [blocked, tokio::spawn(Ledger::new(sender).keep(incoming))],
-            _connection: connection,
-            leash: Some(leash),
+            connection,
+            _leash: leash,
         })
     }
 }
@@ -162,6 +160,11 @@ impl Sink for RabbitMq {
 
     async fn check(&mut self) -> Result<(), Error> {
         declare(&self.channel, &self.exchange, false).await
+    }
+
+    async fn close(self) {
+        // Without it the broker logs a warning. It may be gone already: all the same.
+        let _ = timeout(GOODBYE, self.connection.close(200, "stopped".into())).await;
     }
 }
 
