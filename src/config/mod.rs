@@ -60,7 +60,7 @@ pub const KEYS: [Key; 24] = [
     key("rabbitmq.declare", "true", "declare it as a durable topic exchange; `false`: only look that it exists"),
     key("rabbitmq.routing_key", "{aggregatetype}.{type}", "a template over the row's columns"),
     key("rabbitmq.window_messages", "1000", "messages published and not confirmed, at most"),
-    key("rabbitmq.window_bytes", "8MiB", "their bytes, at most; a larger message goes alone"),
+    key("rabbitmq.window_bytes", "4MiB", "their bytes, at most; a larger message goes alone"),
     key("rabbitmq.message_bytes_max", "16MiB", "the broker's max_message_size; a larger body stops the relay"),
     key("rabbitmq.confirm_timeout", "30s", "how long the broker may hold back a confirm"),
     key("http.listen", "127.0.0.1:9190", "probes and metrics; empty: off"),

@@ -22,7 +22,7 @@ use crate::retry::Retry;
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Bytes of messages between reader and publisher; a larger one goes alone.
-const CHANNEL_BYTES: usize = 4 * 1024 * 1024;
+const CHANNEL_BYTES: usize = 2 * 1024 * 1024;
 
 /// An item in the channel, holding its share of the channel's bytes until the publisher takes it.
 pub(super) struct Read {

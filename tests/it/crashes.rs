@@ -26,7 +26,7 @@ async fn nothing_is_lost_or_reordered_whoever_is_killed_under_load() {
     let outbox = Outbox::create(&postgres, &rabbitmq).await;
     let consumer = Consumer::start(&outbox).await;
     let oracle = Oracle::start(&outbox).await;
-    let writers = Writers::start(&outbox, 8, usize::MAX >> 1, 200, fastrand::u64(..));
+    let writers = Writers::endless(&outbox, 8, 200);
 
     let mut relay = Relay::start(&outbox);
     for _ in 0..20 {
@@ -89,7 +89,7 @@ async fn sigterm_under_load_ends_with_0_and_a_restart_sends_nothing_twice() {
     let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
     let consumer = Consumer::start(&outbox).await;
     let oracle = Oracle::start(&outbox).await;
-    let writers = Writers::start(&outbox, 8, usize::MAX >> 1, 1000, fastrand::u64(..));
+    let writers = Writers::endless(&outbox, 8, 1000);
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGTERM, Signal::SIGTERM, Signal::SIGTERM] {
         let relay = Relay::start(&outbox);
         relay.ready().await;

@@ -104,7 +104,7 @@ async fn postgres_stops_fast_whatever_the_broker_does() {
             name: outbox.name.clone(),
         };
         eventually("ready again", || async { relay.is_ready() }).await;
-        let writers = Writers::start(&outbox, 2, usize::MAX >> 1, 50, fastrand::u64(..));
+        let writers = Writers::endless(&outbox, 2, 50);
         let before = consumer.count();
         eventually("messages flow", || async { consumer.count() > before + 100 }).await;
         match state {

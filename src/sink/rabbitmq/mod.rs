@@ -178,7 +178,10 @@ async fn publish(channel: Channel, exchange: ShortString, message: Message) -> O
         let written = channel.basic_publish(exchange, key, options, &message.body, properties).await;
         written.map_err(|error| broken(&error))
     };
-    match published.await {
+    let written = published.await;
+    // The broker's socket has it: its body need not wait for the confirm.
+    drop(message);
+    match written {
         Ok(confirm) => outcome(confirm.await),
         Err(error) => Outcome { verdict: Verdict::Failed(error), returned: None },
     }

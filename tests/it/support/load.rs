@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::SinkExt;
@@ -19,6 +20,9 @@ pub(crate) struct Load {
     stop: AtomicBool,
 }
 
+/// So many rows that only a stop ends the load.
+const ENDLESS: usize = usize::MAX >> 1;
+
 /// Writers at work.
 pub(crate) struct Writers {
     load: Arc<Load>,
@@ -32,6 +36,11 @@ impl Writers {
         let load = Arc::new(Load { left: AtomicUsize::new(rows), stop: AtomicBool::new(false) });
         let writer = |number| tokio::spawn(write(outbox.url.clone(), load.clone(), most, seed + number));
         Self { tasks: (0..writers).map(writer).collect(), load }
+    }
+
+    /// Starts writers that go on until they are stopped, at a pace that leaves the servers room to come back.
+    pub(crate) fn endless(outbox: &Outbox, writers: u64, most: usize) -> Self {
+        Self::start(outbox, writers, ENDLESS, most, fastrand::u64(..))
     }
 
     /// Waits until all is written, and returns how many rows were committed.
@@ -69,6 +78,9 @@ async fn write(url: String, load: Arc<Load>, most: usize, seed: u64) -> usize {
                 None => continue,
             },
         };
+        if load.left.load(Ordering::Relaxed) > ENDLESS >> 1 {
+            tokio::time::sleep(Duration::from_millis(random.u64(0..40))).await;
+        }
         // A commit whose answer was lost counts as nothing: it is in the table, or it is not.
         if transaction(connected, size, &mut random).await == Ok(true) {
             written += size;
@@ -83,7 +95,7 @@ async fn reconnect(url: &str) -> Option<Client> {
         tokio::spawn(connection);
         return Some(client);
     }
-    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     None
 }
 
