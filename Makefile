@@ -7,7 +7,7 @@ help: ## list the targets
 
 demo: ## Postgres, RabbitMQ and pgoutbox, started here and gone afterwards
 	@scripts/install-servers
-	@cargo run --release --quiet -- demo
+	@cargo run --release -- demo
 
 test: ## every test, against real servers
 	@scripts/install-servers
