@@ -16,6 +16,7 @@ test: ## every test, against real servers
 	cargo test --doc
 
 check: ## format, lints, documentation, house rules; no servers
+	@scripts/install-servers --compiler-only
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
