@@ -23,13 +23,15 @@ const STOP_WITHIN: Duration = Duration::from_secs(30);
 
 const PID_FILE: &str = "postmaster.pid";
 
-/// `fsync` stays as it is delivered: the tests kill this server and ask what it kept.
-const DEFAULTS: [(&str, &str); 6] = [
+/// `fsync` stays as it is delivered: the tests kill this server and ask what it kept. Shared memory by `mmap` lies in the
+/// data directory and goes with it; the delivered `posix` would leave megabytes in /dev/shm after every kill.
+const DEFAULTS: [(&str, &str); 7] = [
     ("listen_addresses", "127.0.0.1"),
     ("wal_level", "logical"),
     ("max_wal_senders", "20"),
     ("max_replication_slots", "20"),
     ("wal_sender_timeout", "10s"),
+    ("dynamic_shared_memory_type", "mmap"),
     ("log_line_prefix", "%m [%p] %a "),
 ];
 

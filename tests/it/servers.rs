@@ -1,7 +1,7 @@
 //! The throw-away servers themselves: they start, stop, die and come back, and leave nothing behind.
 //!
 //! The trap: a leak is invisible to the test that leaks. So these look at the whole machine (every process's command line,
-//! directory and environment, and the System V segments) for the directory of the server that was dropped.
+//! directory and environment, and the shared memory) for the directory of the server that was dropped.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -78,6 +78,13 @@ fn shared_memory_exists(id: &str) -> bool {
     segments.lines().any(|segment| segment.split_whitespace().nth(1) == Some(id))
 }
 
+/// The files of a running server's dynamic shared memory, in /dev/shm or in its data; a killed one leaves them behind.
+fn shared_memory_files(server: &Postgres) -> Vec<PathBuf> {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", server.pid().unwrap())).unwrap();
+    let files = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).map(PathBuf::from);
+    files.filter(|file| file.starts_with("/dev/shm") || file.parent().unwrap().ends_with("pg_dynshmem")).collect()
+}
+
 fn answers_amqp(port: u16) -> bool {
     let mut first = [0];
     TcpStream::connect(("127.0.0.1", port)).is_ok_and(|mut stream| {
@@ -146,10 +153,13 @@ fn postgres_leaves_nothing_behind_when_dropped_running() {
 fn postgres_leaves_nothing_behind_when_dropped_after_a_kill() {
     let mut server = Postgres::start(&[]).unwrap();
     let (directory, segment) = (directory_of(&server), shared_memory(&server));
+    let files = shared_memory_files(&server);
+    assert!(!files.is_empty(), "the search finds the memory of a running server");
     server.kill().unwrap();
     drop(server);
     assert_nothing_left_of(&directory);
     assert!(!shared_memory_exists(&segment));
+    assert!(files.iter().all(|file| !file.exists()), "{files:?}");
 }
 
 #[test]
