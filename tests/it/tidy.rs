@@ -126,8 +126,10 @@ fn tidy_files_and_functions_stay_small() {
 #[test]
 fn tidy_nothing_is_left_open_without_a_reason() {
     for (name, text) in sources("src") {
-        for word in [concat!("TO", "DO"), concat!("FIX", "ME"), "unimplemented!", "todo!"] {
-            assert!(!text.contains(word), "src/{name} holds {word}");
+        for word in [["TO", "DO"], ["FIX", "ME"], ["XX", "X"], ["unimplemented", "!"], ["todo", "!"]]
+            .map(|halves| halves.concat())
+        {
+            assert!(!text.contains(&word), "src/{name} holds {word}");
         }
     }
 }

@@ -13,6 +13,7 @@ mod judge;
 mod wire;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pgoutbox::metrics::Metrics;
@@ -41,11 +42,17 @@ fn nothing_is_lost_reordered_or_skipped_whatever_fails_when() {
     }
     let seeds: u64 = std::env::var("PGOUTBOX_SEEDS").map_or(SEEDS, |count| count.parse().expect("a number"));
     let workers = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+    let failed = &AtomicBool::new(false);
     std::thread::scope(|scope| {
         for worker in 0..workers {
             scope.spawn(move || {
                 for seed in (0..seeds).filter(|seed| seed % workers == worker) {
+                    // One failing seed is enough to look at.
+                    if failed.load(Ordering::Relaxed) {
+                        return;
+                    }
                     let result = std::panic::catch_unwind(|| simulate(seed, false));
+                    failed.fetch_or(result.is_err(), Ordering::Relaxed);
                     assert!(result.is_ok(), "seed {seed} failed: PGOUTBOX_SEED={seed} cargo test --test it simulation");
                 }
             });
