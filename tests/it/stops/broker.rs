@@ -100,7 +100,7 @@ async fn an_unroutable_message_holds_the_slot_until_a_queue_is_bound() {
     const WINDOW: usize = 20;
     let outbox = outbox().await;
     let witness = Witness::of(&outbox).await;
-    let queue = format!("{}_all", outbox.name);
+    let queue = format!("{}_classic", outbox.name);
     bind(&outbox, &queue, "order.placed").await;
     outbox.insert("placed").await;
     let placed = witness.last_commit().await;

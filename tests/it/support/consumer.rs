@@ -1,4 +1,8 @@
 //! An independent consumer: binds a queue before the relay runs and keeps what arrives, in order of arrival.
+//!
+//! The trap: a consumer without acknowledgements. The broker confirms what it has handed to such a consumer without
+//! keeping it, and when it stops, what was between the two is gone: a loss that is the consumer's own choice and looks like
+//! the relay's. So every delivery is acknowledged after it was kept, and a redelivery of what we have is not news.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -6,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::message::Delivery;
-use lapin::options::{BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions, QueueBindOptions,
+    QueueDeclareOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use pgoutbox::lsn::Lsn;
@@ -55,9 +62,37 @@ impl From<Delivery> for Received {
     }
 }
 
+/// How the broker keeps a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Classic,
+    Quorum,
+    /// Keeps everything, so what it holds is what was published: its count of duplicates is exact.
+    Stream,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Classic => "classic",
+            Kind::Quorum => "quorum",
+            Kind::Stream => "stream",
+        }
+    }
+}
+
+/// All that came out of a queue.
+#[derive(Default)]
+struct Kept {
+    received: Vec<Received>,
+    ids: HashSet<String>,
+    /// Of a stream: where to go on.
+    offset: Option<i64>,
+}
+
 /// A queue and all that came out of it.
 pub(crate) struct Consumer {
-    received: Arc<Mutex<Vec<Received>>>,
+    kept: Arc<Mutex<Kept>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -74,14 +109,21 @@ pub(crate) async fn channel(amqp: &str) -> (Connection, lapin::Channel) {
     (connection, channel)
 }
 
-/// Declares the relay's exchange and a durable queue bound to it.
+/// Declares the relay's exchange and a durable classic queue bound to it.
 pub(crate) async fn bind(outbox: &Outbox, queue: &str, key: &str) {
+    bind_kind(outbox, queue, key, Kind::Classic).await;
+}
+
+/// Declares the relay's exchange and a durable queue of that kind bound to it.
+pub(crate) async fn bind_kind(outbox: &Outbox, queue: &str, key: &str, kind: Kind) {
     let (connection, channel) = channel(&outbox.amqp).await;
     let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
     let exchange = outbox.name.as_str();
     channel.exchange_declare(exchange.into(), ExchangeKind::Topic, durable, FieldTable::default()).await.unwrap();
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
-    channel.queue_declare(queue.into(), durable, FieldTable::default()).await.unwrap();
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.name().into()));
+    channel.queue_declare(queue.into(), durable, arguments).await.unwrap();
     let options = QueueBindOptions::default();
     channel.queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default()).await.unwrap();
     connection.close(200, "done".into()).await.unwrap();
@@ -90,25 +132,29 @@ pub(crate) async fn bind(outbox: &Outbox, queue: &str, key: &str) {
 impl Consumer {
     /// Of a queue of its own that takes everything of the outbox's exchange. Comes back when the broker does.
     pub(crate) async fn start(outbox: &Outbox) -> Self {
-        let queue = format!("{}_all", outbox.name);
-        bind(outbox, &queue, "#").await;
-        let received = Arc::new(Mutex::new(Vec::new()));
-        let task = tokio::spawn(consume(outbox.amqp.clone(), queue, received.clone()));
-        Self { received, task }
+        Self::start_kind(outbox, Kind::Classic).await
+    }
+
+    /// The same, of a queue of that kind.
+    pub(crate) async fn start_kind(outbox: &Outbox, kind: Kind) -> Self {
+        let queue = format!("{}_{}", outbox.name, kind.name());
+        bind_kind(outbox, &queue, "#", kind).await;
+        let kept = Arc::new(Mutex::new(Kept::default()));
+        let task = tokio::spawn(consume(outbox.amqp.clone(), queue, kind, kept.clone()));
+        Self { kept, task }
     }
 
     pub(crate) fn received(&self) -> Vec<Received> {
-        self.received.lock().unwrap().clone()
+        self.kept.lock().unwrap().received.clone()
     }
 
     /// How many ids came, each counted once.
     pub(crate) fn distinct(&self) -> usize {
-        let received = self.received.lock().unwrap();
-        received.iter().map(|received| received.id.as_str()).collect::<HashSet<_>>().len()
+        self.kept.lock().unwrap().ids.len()
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.received.lock().unwrap().len()
+        self.kept.lock().unwrap().received.len()
     }
 
     /// Waits for so many distinct ids.
@@ -128,19 +174,65 @@ impl Consumer {
     }
 }
 
-async fn consume(amqp: String, queue: String, received: Arc<Mutex<Vec<Received>>>) {
+/// Whatever ends a connection, the next one goes on.
+async fn consume(amqp: String, queue: String, kind: Kind, kept: Arc<Mutex<Kept>>) {
     loop {
-        if let Ok(connection) = Connection::connect(&amqp, ConnectionProperties::default()).await
-            && let Ok(channel) = connection.create_channel().await
-        {
-            let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
-            let consumer = channel.basic_consume(queue.as_str().into(), "".into(), options, FieldTable::default());
-            if let Ok(mut consumer) = consumer.await {
-                while let Some(Ok(delivery)) = consumer.next().await {
-                    received.lock().unwrap().push(delivery.into());
-                }
-            }
-        }
+        let _ = consume_once(&amqp, &queue, kind, &kept).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn consume_once(amqp: &str, queue: &str, kind: Kind, kept: &Mutex<Kept>) -> Result<(), lapin::Error> {
+    /// Enough to keep the broker busy; what is not acknowledged comes again after a break.
+    const PREFETCH: u16 = 1000;
+    const ACK_AT_LEAST_EVERY: usize = 200;
+    let connection = Connection::connect(amqp, ConnectionProperties::default()).await?;
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+    let mut arguments = FieldTable::default();
+    if kind == Kind::Stream {
+        let next = kept.lock().unwrap().offset.map_or(0, |offset| offset + 1);
+        arguments.insert("x-stream-offset".into(), AMQPValue::LongLongInt(next));
+    }
+    let consumer = channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), arguments);
+    let mut consumer = consumer.await?;
+    let (mut last, mut waiting) = (0, 0);
+    loop {
+        let next = if waiting > 0 {
+            tokio::time::timeout(Duration::from_millis(20), consumer.next()).await
+        } else {
+            Ok(consumer.next().await)
+        };
+        match next {
+            Ok(Some(delivery)) => {
+                let delivery = delivery?;
+                last = delivery.delivery_tag;
+                waiting += 1;
+                kept.lock().unwrap().keep(delivery);
+            }
+            Ok(None) => return Ok(()),
+            Err(_) => waiting = ACK_AT_LEAST_EVERY,
+        }
+        if waiting >= ACK_AT_LEAST_EVERY {
+            channel.basic_ack(last, BasicAckOptions { multiple: true }).await?;
+            waiting = 0;
+        }
+    }
+}
+
+impl Kept {
+    fn keep(&mut self, delivery: Delivery) {
+        let redelivered = delivery.redelivered;
+        let received = Received::from(delivery);
+        if let Some(AMQPValue::LongLongInt(offset)) = received.header("x-stream-offset") {
+            // A stream gives whole chunks, also what lies before the offset asked for.
+            if self.offset.is_some_and(|reached| offset <= reached) {
+                return;
+            }
+            self.offset = Some(offset);
+        }
+        if self.ids.insert(received.id.clone()) || !redelivered {
+            self.received.push(received);
+        }
     }
 }
