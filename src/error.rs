@@ -113,7 +113,10 @@ fn relay(error: &relay::Error) -> ExitCode {
         relay::Error::Outbox(_) => ExitCode::World,
         relay::Error::Sink(sink::Error::Undeliverable { .. }) => ExitCode::Row,
         relay::Error::Sink(sink::Error::Setup { .. }) => ExitCode::World,
-        relay::Error::Sink(_) | relay::Error::GaveUp { .. } | relay::Error::OldTimeline { .. } => ExitCode::Unavailable,
+        relay::Error::Sink(_)
+        | relay::Error::GaveUp { .. }
+        | relay::Error::OldTimeline { .. }
+        | relay::Error::Paused { .. } => ExitCode::Unavailable,
         relay::Error::Moved { .. } => ExitCode::World,
     }
 }

@@ -9,8 +9,9 @@
 //! Three stations, each a plain loop, joined by bounded queues. The position takes the same road as the data: a checkpoint
 //! comes out of the settler only after every receipt before it, because a queue is a queue.
 //!
-//! Reading order: `progress`, `reader`, `publisher`, `settler`, `session`, `postgres`.
+//! Reading order: `progress`, `lease`, `reader`, `publisher`, `settler`, `session`, `postgres`.
 
+mod lease;
 pub mod postgres;
 pub mod progress;
 mod publisher;
@@ -36,9 +37,11 @@ use crate::pg::replication::{Event, Identity, Status};
 use crate::retry::{Backoff, Retry};
 use crate::sink::{self, Sink};
 
-/// Between two sessions at first, and at most. With them messages flow again within 30 s of any fault's end, and a peer
-/// that fails at once sees fewer than three attempts a second, then one in 5 s.
+/// Between two sessions at first, and at most: with them messages flow again within 30 s of any fault's end.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
+
+/// Two sessions begin at least so far apart, also when each makes a little progress: fewer than one attempt a second.
+const BETWEEN_BEGINNINGS: Duration = Duration::from_millis(1050);
 
 /// A session that lasted so long was a good one: the backoff begins anew.
 const GOOD_SESSION: Duration = Duration::from_secs(30);
@@ -147,6 +150,12 @@ pub enum Error {
         /// The one seen.
         seen: u32,
     },
+    /// This process was stopped, or its machine slept.
+    #[error("this process did not run for {gap:?}: Postgres may have given the slot to another relay; beginning anew")]
+    Paused {
+        /// How long.
+        gap: Duration,
+    },
     /// A peer stayed away too long.
     #[error("gave up after {after:?}: {last}")]
     GaveUp {
@@ -165,7 +174,7 @@ impl Error {
             Error::Outbox(error) => error.retry(),
             Error::Sink(error) => error.retry(),
             Error::Moved { .. } | Error::GaveUp { .. } => Retry::Never,
-            Error::OldTimeline { .. } => Retry::Later,
+            Error::OldTimeline { .. } | Error::Paused { .. } => Retry::Later,
         }
     }
 
@@ -174,6 +183,7 @@ impl Error {
             Error::Sink(sink::Error::Refused { .. }) => "refused",
             _ if self.retry() == Retry::Never => "fatal",
             Error::Sink(_) => "broker",
+            Error::Paused { .. } => "paused",
             _ => "postgres",
         }
     }
@@ -228,7 +238,7 @@ pub async fn run<D: Database, B: Broker>(
         if let Some(after) = settings.give_up_after.filter(|after| since.elapsed() >= *after) {
             return Err(Error::GaveUp { after, last: Box::new(error) });
         }
-        let wait = backoff.wait();
+        let wait = backoff.wait().max(BETWEEN_BEGINNINGS.saturating_sub(began.elapsed()));
         log(&error, wait, &mut logged);
         tokio::select! {
             biased;

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
+use super::lease::Lease;
 use super::progress::Caution;
 use super::reader::Read;
 use super::{Error, Settings};
@@ -102,6 +103,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,
     pub(super) metrics: &'a Metrics,
+    pub(super) lease: &'a Lease,
     pub(super) caution: Caution,
 }
 
@@ -185,7 +187,12 @@ impl<K: Sink> Publisher<'_, K> {
     async fn publish(&mut self, run: Run) -> Result<(), Error> {
         let count = run.messages.len();
         let alone = run.messages.first().filter(|_| self.caution.is_on()).map(|message| message.id.clone());
-        let receipt = if count > 0 { Some(self.sink.publish(run.messages).await?) } else { None };
+        let receipt = if count > 0 {
+            self.may_publish().await?;
+            Some(self.sink.publish(run.messages).await?)
+        } else {
+            None
+        };
         self.metrics.published.inc_by(count as u64);
         self.metrics.in_flight_messages.inc_by(i64::try_from(count).unwrap_or(i64::MAX));
         self.metrics.in_flight_bytes.inc_by(i64::try_from(run.bytes).unwrap_or(i64::MAX));
@@ -207,6 +214,17 @@ impl<K: Sink> Publisher<'_, K> {
             if !self.caution.is_on() && self.metrics.taken() {
                 tracing::info!(id, "the broker takes what it had refused; going on");
             }
+        }
+        Ok(())
+    }
+
+    /// Waits until Postgres was heard lately, where the channel was full for long; the reader ends the session if it never is.
+    async fn may_publish(&self) -> Result<(), Error> {
+        const LOOK_AGAIN: Duration = Duration::from_millis(20);
+        self.lease.beat()?;
+        while !self.lease.is_fresh() {
+            sleep(LOOK_AGAIN).await;
+            self.lease.beat()?;
         }
         Ok(())
     }

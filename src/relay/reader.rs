@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use super::lease::Lease;
 use super::{Error, Progress, Source, progress, stopped};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
@@ -40,6 +41,7 @@ pub(super) struct Reader<'a, S> {
     pub(super) before: Progress,
     pub(super) metrics: &'a Metrics,
     pub(super) silence_max: Duration,
+    pub(super) lease: &'a Lease,
     pub(super) feedback: Feedback,
 }
 
@@ -50,16 +52,25 @@ pub(super) struct Feedback {
     last: Instant,
     reply_requested: bool,
     heard: Instant,
+    /// Postgres is to show that it is there.
+    ask: bool,
 }
 
 impl Feedback {
     pub(super) fn new(start: Lsn) -> Self {
-        Self { received: start, told: start, last: Instant::now(), reply_requested: false, heard: Instant::now() }
+        Self {
+            received: start,
+            told: start,
+            last: Instant::now(),
+            reply_requested: false,
+            heard: Instant::now(),
+            ask: false,
+        }
     }
 
     /// When the next status goes out: soon when there is something to say, else often enough to stay alive.
     fn due(&self, settled: Lsn, silence_max: Duration) -> Instant {
-        let has_news = settled > self.told || self.reply_requested;
+        let has_news = settled > self.told || self.reply_requested || self.ask;
         self.last + if has_news { STATUS_INTERVAL } else { silence_max / 3 }
     }
 }
@@ -113,7 +124,10 @@ impl<S: Source> Reader<'_, S> {
             // cancel-safe.
             tokio::select! {
                 biased;
-                () = timer.as_mut() => self.tell(pending.is_some()).await?,
+                () = timer.as_mut() => {
+                    self.lease.beat()?;
+                    self.tell(pending.is_some()).await?;
+                }
                 () = stopped(stop), if !is_stopping => is_stopping = true,
                 changed = self.settled.changed(), if settled <= self.feedback.told => {
                     if changed.is_err() {
@@ -125,11 +139,12 @@ impl<S: Source> Reader<'_, S> {
                     if let Some(item) = pending.take() {
                         room.send(Read { item, _share: share });
                     }
-                    // Nothing was heard because nothing was read.
+                    // Nothing was heard because nothing was read. If that took long, ask: the publisher waits for an answer.
                     self.feedback.heard = Instant::now();
+                    self.feedback.ask |= !self.lease.is_fresh();
                 }
                 event = self.source.next(), if pending.is_none() => {
-                    self.feedback.heard = Instant::now();
+                    self.hear()?;
                     match self.item(event?).await {
                         Ok(item) => pending = item,
                         // The row stays where it is; what came before it is settled and told.
@@ -143,15 +158,35 @@ impl<S: Source> Reader<'_, S> {
         }
     }
 
-    /// Waits until the settler has ended, and stays alive for the server meanwhile.
+    fn hear(&mut self) -> Result<(), Error> {
+        self.feedback.heard = Instant::now();
+        self.feedback.ask = false;
+        self.lease.beat()?;
+        self.lease.hear();
+        Ok(())
+    }
+
+    /// Waits until the settler has ended, and stays alive for the server meanwhile. What comes now is for another session; it
+    /// only shows that Postgres is there.
     async fn drain(&mut self) -> Result<(), Error> {
+        let mut is_heard = true;
         loop {
             let settled = *self.settled.borrow_and_update();
+            self.feedback.ask |= is_heard && !self.lease.is_fresh();
             let due = self.feedback.due(settled, self.silence_max);
             tokio::select! {
                 biased;
-                () = sleep_until(due) => self.tell(true).await?,
+                () = sleep_until(due) => {
+                    self.lease.beat()?;
+                    self.tell(true).await?;
+                }
                 changed = self.settled.changed() => if changed.is_err() { return Ok(()) },
+                event = self.source.next(), if is_heard && !self.lease.is_fresh() => {
+                    is_heard = event.is_ok();
+                    if is_heard {
+                        self.hear()?;
+                    }
+                }
             }
         }
     }
@@ -189,7 +224,7 @@ impl<S: Source> Reader<'_, S> {
         }
         let heard = if is_full { Instant::now() } else { self.feedback.heard };
         self.metrics.heard(heard, self.silence_max);
-        let status = self.status(!is_full && silent >= self.silence_max / 4);
+        let status = self.status(self.feedback.ask || !is_full && silent >= self.silence_max / 4);
         self.note(status);
         self.source.tell(status).await?;
         Ok(())
@@ -207,6 +242,7 @@ impl<S: Source> Reader<'_, S> {
         self.feedback.told = status.settled;
         self.feedback.last = Instant::now();
         self.feedback.reply_requested = false;
+        self.feedback.ask = false;
     }
 }
 

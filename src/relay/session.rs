@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
+use super::lease::Lease;
 use super::progress::Caution;
 use super::publisher::{Publisher, Window};
 use super::reader::{Feedback, Reader};
@@ -102,6 +103,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(CHANNEL_ITEMS));
     let (settled_in, settled_out) = watch::channel(opened.start);
     let (halt, mut halted) = watch::channel(false);
+    let lease = Lease::new(opened.silence_max);
     let mut reader = Reader {
         source: opened.source,
         assembler: Assembler::new(mapping.clone(), opened.tables),
@@ -110,10 +112,12 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         before,
         metrics,
         silence_max: opened.silence_max,
+        lease: &lease,
         feedback: Feedback::new(opened.start),
     };
     let window = Window::new(settings);
-    let publisher = Publisher { sink: &mut sink, items: items_out, runs: runs_in, window, metrics, caution };
+    let publisher =
+        Publisher { sink: &mut sink, items: items_out, runs: runs_in, window, metrics, lease: &lease, caution };
     let confirm_timeout = settings.confirm_timeout;
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {
@@ -124,10 +128,10 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let result = end(stations, opened.watch, &halt, settings, stop).await;
     let result = match result {
         Ok(()) => reader.finish().await,
-        // The stream is broken, or the server waits for us to let go.
-        Err(Error::Postgres(error)) if error.retry() == Retry::Later => {
+        // The stream is broken, or the server waits for us to let go, or it is not ours any more.
+        Err(error @ (Error::Postgres(_) | Error::Paused { .. })) if error.retry() == Retry::Later => {
             drop(reader);
-            Err(error.into())
+            Err(error)
         }
         Err(error) => {
             // The failure is what counts; parting well only spares duplicates.
@@ -135,7 +139,8 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
             Err(error)
         }
     };
-    if !matches!(result, Err(Error::Sink(_))) {
+    // Nothing more leaves this process when it may not publish.
+    if !matches!(result, Err(Error::Sink(_) | Error::Paused { .. })) {
         sink.close().await;
     }
     result

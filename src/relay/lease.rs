@@ -1,0 +1,91 @@
+//! The right to publish. It lapses when this process did not run, or did not hear Postgres, for half of the time after which
+//! Postgres gives the slot to another.
+//!
+//! The traps. A process that was stopped, or a machine that slept, wakes up with its buffers full and its timers wrong:
+//! `CLOCK_MONOTONIC` stands still while the machine sleeps, so `CLOCK_BOOTTIME` is asked as well. And what wakes first must
+//! not hide the gap from the rest: whoever sees it ends the session.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+use tokio::time::Instant;
+
+use super::Error;
+
+/// Shared by reader and publisher of one session.
+pub(super) struct Lease {
+    limit: Duration,
+    began: (Instant, Duration),
+    /// Nanoseconds since it began.
+    ran: AtomicU64,
+    heard: AtomicU64,
+}
+
+impl Lease {
+    /// Of a stream that may be silent for so long.
+    pub(super) fn new(silence_max: Duration) -> Self {
+        let began = (Instant::now(), since_boot());
+        Self { limit: silence_max / 2, began, ran: AtomicU64::new(0), heard: AtomicU64::new(0) }
+    }
+
+    /// Something came from Postgres.
+    pub(super) fn hear(&self) {
+        self.heard.fetch_max(self.now(), Ordering::Relaxed);
+    }
+
+    /// Whether Postgres was heard lately.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.now() - self.heard.load(Ordering::Relaxed).min(self.now()) <= nanos(self.limit)
+    }
+
+    /// The process runs.
+    ///
+    /// # Errors
+    /// When it did not for so long that another relay may have the slot.
+    pub(super) fn beat(&self) -> Result<(), Error> {
+        let now = self.now();
+        let gap = Duration::from_nanos(now.saturating_sub(self.ran.fetch_max(now, Ordering::Relaxed)));
+        if gap > self.limit { Err(Error::Paused { gap }) } else { Ok(()) }
+    }
+
+    /// The larger of both clocks: one stands still while the machine sleeps, the other while a test has paused time.
+    fn now(&self) -> u64 {
+        nanos(self.began.0.elapsed().max(since_boot().saturating_sub(self.began.1)))
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Zero where the clock is unknown: the other one remains.
+fn since_boot() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_did_not_run_loses_it_and_only_once() {
+        let lease = Lease::new(Duration::from_secs(10));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        lease.beat().unwrap();
+        tokio::time::advance(Duration::from_secs(4)).await;
+        lease.beat().unwrap();
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert!(matches!(lease.beat(), Err(Error::Paused { gap }) if gap >= Duration::from_secs(6)));
+        lease.beat().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_was_not_heard_is_stale_until_it_is_heard_again() {
+        let lease = Lease::new(Duration::from_secs(10));
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert!(!lease.is_fresh());
+        lease.hear();
+        assert!(lease.is_fresh());
+    }
+}
