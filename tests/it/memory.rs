@@ -57,7 +57,7 @@ async fn deliver(outbox: &Outbox, rows: usize) {
         assert!(progress.0.elapsed() < Duration::from_secs(120), "{now} of {rows} came\n{}", relay.log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let peak = relay.peak_memory_kib();
+    let peak = relay.peak_memory_kib().unwrap();
     println!("{rows} rows in {:?}, peak {peak} KiB", began.elapsed());
     outbox.wait_confirmed(outbox.current().await).await;
     assert_eq!(counted.load(Ordering::Relaxed), rows, "duplicates");

@@ -67,7 +67,7 @@ fn statement(log: &str, before: &str) -> String {
 
 /// Runs a verb for this outbox.
 fn verb(outbox: &Outbox, arguments: &[&str]) -> std::process::Output {
-    pgoutbox().args(arguments).envs(environment(outbox)).output().unwrap()
+    pgoutbox().args(arguments).envs(environment(&outbox.url, &outbox.amqp, &outbox.name)).output().unwrap()
 }
 
 /// Where the last transaction of this database ends, by a decoder that is not ours.

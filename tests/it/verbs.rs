@@ -25,7 +25,7 @@ async fn empty() -> Outbox {
 
 fn command(outbox: &Outbox, arguments: &[&str]) -> Command {
     let mut command = pgoutbox();
-    command.args(arguments).envs(environment(outbox));
+    command.args(arguments).envs(environment(&outbox.url, &outbox.amqp, &outbox.name));
     command
 }
 

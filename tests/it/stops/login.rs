@@ -99,7 +99,7 @@ async fn a_unix_socket_is_a_way_in() {
 async fn tls_that_cannot_be_had_is_refused_before_any_network() {
     let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
     outbox.url = format!("{}?sslmode=require", shared_postgres().url_for("postgres", Some(RIGHT), &outbox.name));
-    let output = pgoutbox().arg("run").envs(environment(&outbox)).output().unwrap();
+    let output = pgoutbox().arg("run").envs(environment(&outbox.url, &outbox.amqp, &outbox.name)).output().unwrap();
     let log = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(64), "{log}");
     assert!(log.contains("postgres.url") && log.contains("TLS") && !log.contains("canary"), "{log}");

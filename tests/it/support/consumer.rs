@@ -79,6 +79,11 @@ impl Kind {
             Kind::Stream => "stream",
         }
     }
+
+    /// The name of this outbox's queue of that kind.
+    pub(crate) fn queue(self, outbox: &Outbox) -> String {
+        format!("{}_{}", outbox.name, self.name())
+    }
 }
 
 /// All that came out of a queue.
@@ -137,7 +142,7 @@ impl Consumer {
 
     /// The same, of a queue of that kind.
     pub(crate) async fn start_kind(outbox: &Outbox, kind: Kind) -> Self {
-        let queue = format!("{}_{}", outbox.name, kind.name());
+        let queue = kind.queue(outbox);
         bind_kind(outbox, &queue, "#", kind).await;
         let kept = Arc::new(Mutex::new(Kept::default()));
         let task = tokio::spawn(consume(outbox.amqp.clone(), queue, kind, kept.clone()));
@@ -146,6 +151,10 @@ impl Consumer {
 
     pub(crate) fn received(&self) -> Vec<Received> {
         self.kept.lock().unwrap().received.clone()
+    }
+
+    pub(crate) fn has(&self, id: &str) -> bool {
+        self.kept.lock().unwrap().ids.contains(id)
     }
 
     /// How many ids came, each counted once.

@@ -13,6 +13,22 @@ use tokio_postgres::Client;
 use super::consumer::Received;
 use super::{Outbox, connect};
 
+/// What writers write.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mix {
+    pub(crate) writers: u64,
+    /// About so many rows are committed.
+    pub(crate) rows: usize,
+    /// In transactions of 1 to so many.
+    pub(crate) most: usize,
+    /// Two-phase commits, rows of up to 8 MB, NULLs and rows deleted at once as well.
+    pub(crate) is_rich: bool,
+    pub(crate) seed: u64,
+}
+
+/// In the payload of every row: no output may hold it.
+pub(crate) const CANARY: &str = "payload-canary-5b1f";
+
 /// Shared by the writers of one load.
 pub(crate) struct Load {
     /// Rows still to be committed.
@@ -21,7 +37,7 @@ pub(crate) struct Load {
 }
 
 /// So many rows that only a stop ends the load.
-const ENDLESS: usize = usize::MAX >> 1;
+pub(crate) const ENDLESS: usize = usize::MAX >> 1;
 
 /// Writers at work.
 pub(crate) struct Writers {
@@ -33,9 +49,16 @@ impl Writers {
     /// Starts writers that commit about `rows` rows in transactions of 1 to `most`.
     pub(crate) fn start(outbox: &Outbox, writers: u64, rows: usize, most: usize, seed: u64) -> Self {
         println!("load seed {seed}");
-        let load = Arc::new(Load { left: AtomicUsize::new(rows), stop: AtomicBool::new(false) });
-        let writer = |number| tokio::spawn(write(outbox.url.clone(), load.clone(), most, seed + number));
-        Self { tasks: (0..writers).map(writer).collect(), load }
+        Self::start_mix(outbox, Mix { writers, rows, most, is_rich: false, seed })
+    }
+
+    pub(crate) fn start_mix(outbox: &Outbox, mix: Mix) -> Self {
+        let load = Arc::new(Load { left: AtomicUsize::new(mix.rows), stop: AtomicBool::new(false) });
+        let writer = |number| {
+            let mix = Mix { seed: mix.seed.wrapping_add(number), ..mix };
+            tokio::spawn(write(outbox.url.clone(), load.clone(), mix))
+        };
+        Self { tasks: (0..mix.writers).map(writer).collect(), load }
     }
 
     /// Starts writers that go on until they are stopped, at a pace that leaves the servers room to come back.
@@ -61,8 +84,9 @@ impl Writers {
 
 /// One writer: survives a server that goes and comes back. Returns the rows whose commit was acknowledged; the truth is
 /// in the table.
-async fn write(url: String, load: Arc<Load>, most: usize, seed: u64) -> usize {
-    let mut random = fastrand::Rng::with_seed(seed);
+async fn write(url: String, load: Arc<Load>, mix: Mix) -> usize {
+    let most = mix.most;
+    let mut random = fastrand::Rng::with_seed(mix.seed);
     let mut written = 0;
     let mut client: Option<Client> = None;
     while !load.stop.load(Ordering::Relaxed) {
@@ -82,7 +106,11 @@ async fn write(url: String, load: Arc<Load>, most: usize, seed: u64) -> usize {
             tokio::time::sleep(Duration::from_millis(random.u64(0..40))).await;
         }
         // A commit whose answer was lost counts as nothing: it is in the table, or it is not.
-        if transaction(connected, size, &mut random).await == Ok(true) {
+        let committed = match random.u8(..) {
+            0..20 if mix.is_rich => unusual(connected, &mut random).await,
+            _ => transaction(connected, size, &mut random).await,
+        };
+        if committed == Ok(true) {
             written += size;
         }
     }
@@ -125,10 +153,31 @@ async fn transaction(client: &Client, size: usize, random: &mut fastrand::Rng) -
     Ok(true)
 }
 
+/// What is rare in production and cruel to decoders.
+async fn unusual(client: &Client, random: &mut fastrand::Rng) -> Result<bool, ()> {
+    let run = |sql: String| async move { client.batch_execute(&sql).await.map_err(|_| ()) };
+    let row = "insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', '1', 'odd', ";
+    match random.u8(0..4) {
+        0 => {
+            let (name, end) = (random.u64(..), if random.bool() { "commit" } else { "rollback" });
+            run(format!("begin; {}; prepare transaction 'p{name}'", insert(random.usize(1..10), "prepared"))).await?;
+            run(format!("{end} prepared 'p{name}'")).await?;
+        }
+        1 => {
+            // Most are small, a few are up to 8 MB.
+            let bytes = 1_usize << random.u32(0..23);
+            run(format!("{row} jsonb_build_object('{CANARY}', repeat('x', {bytes})))")).await?;
+        }
+        2 => run(format!("{row} null)")).await?,
+        _ => run(format!("begin; {}; delete from outbox where type = 'gone'; commit", insert(3, "gone"))).await?,
+    }
+    Ok(true)
+}
+
 fn insert(rows: usize, kind: &str) -> String {
     format!(
         "insert into outbox (aggregatetype, aggregateid, type, payload) select 'order', n::text, '{kind}', \
-         jsonb_build_object('n', n, 'text', repeat('x', 100)) from generate_series(1, {rows}) n"
+         jsonb_build_object('n', n, '{CANARY}', repeat('x', 100)) from generate_series(1, {rows}) n"
     )
 }
 
@@ -136,7 +185,7 @@ async fn copy(client: &Client, rows: usize, kind: &str) -> Result<(), ()> {
     let sink = client.copy_in("copy outbox (aggregatetype, aggregateid, type, payload) from stdin").await;
     let mut sink = std::pin::pin!(sink.map_err(|_| ())?);
     for n in 0..rows {
-        let line = Bytes::from(format!("user\t{n}\t{kind}\t{{\"n\": {n}}}\n"));
+        let line = Bytes::from(format!("user\t{n}\t{kind}\t{{\"n\": {n}, \"canary\": \"{CANARY}\"}}\n"));
         sink.send(line).await.map_err(|_| ())?;
     }
     sink.close().await.map_err(|_| ())

@@ -28,13 +28,13 @@ pub(crate) fn pgoutbox() -> Command {
     command
 }
 
-/// The environment of a relay of this outbox.
-pub(crate) fn environment(outbox: &Outbox) -> Vec<(String, String)> {
+/// The environment of a relay; `name` is that of slot and exchange.
+pub(crate) fn environment(url: &str, amqp: &str, name: &str) -> Vec<(String, String)> {
     [
-        ("DATABASE_URL", outbox.url.as_str()),
-        ("AMQP_URL", outbox.amqp.as_str()),
-        ("PGOUTBOX__POSTGRES__SLOT", outbox.name.as_str()),
-        ("PGOUTBOX__RABBITMQ__EXCHANGE", outbox.name.as_str()),
+        ("DATABASE_URL", url),
+        ("AMQP_URL", amqp),
+        ("PGOUTBOX__POSTGRES__SLOT", name),
+        ("PGOUTBOX__RABBITMQ__EXCHANGE", name),
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
     .into()
@@ -47,10 +47,18 @@ impl Relay {
 
     /// With more settings, as `section.key`.
     pub(crate) fn start_with(outbox: &Outbox, settings: &[(&str, &str)]) -> Self {
+        Self::start_at(&outbox.url, &outbox.amqp, &outbox.name, settings)
+    }
+
+    /// With servers of that URL, for instance behind a link; `name` is that of slot and exchange.
+    pub(crate) fn start_at(url: &str, amqp: &str, name: &str, settings: &[(&str, &str)]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut command = pgoutbox();
-        command.arg("run").envs(environment(outbox)).env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{port}"));
+        command
+            .arg("run")
+            .envs(environment(url, amqp, name))
+            .env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{port}"));
         for (key, value) in settings {
             command.arg("--set").arg(format!("{key}={value}"));
         }
@@ -141,11 +149,21 @@ impl Relay {
         line.and_then(|line| line.split(' ').nth(1)).and_then(|value| value.parse().ok()).unwrap_or(f64::NAN)
     }
 
-    /// Resident memory's high-water mark in KiB, by the kernel.
-    pub(crate) fn peak_memory_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    /// Resident memory's high-water mark in KiB, by the kernel; `None` when the process is gone.
+    pub(crate) fn peak_memory_kib(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    /// CPU time spent so far, by the kernel (proc(5): fields 14 and 15, in ticks of 10 ms).
+    pub(crate) fn cpu(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        let fields: Vec<i64> =
+            stat.rsplit(") ").next().unwrap_or_default().split(' ').filter_map(|field| field.parse().ok()).collect();
+        // Field 3, the state, is no number; 4 is the first here.
+        let ticks = fields.get(10).unwrap_or(&0) + fields.get(11).unwrap_or(&0);
+        Duration::from_millis(10 * ticks.unsigned_abs())
     }
 }
 

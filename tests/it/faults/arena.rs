@@ -1,0 +1,341 @@
+//! One round of one fault: servers, links between them and a real relay, load, an oracle, three kinds of queue.
+//!
+//! The trap: a bench that is kind to its subject. So the load is rich, every byte between relay and servers passes a link
+//! that asserts, the relay lives under a memory limit, and what a row forgets to heal is a complaint, not a hang.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use pgoutbox::lsn::Lsn;
+use pgoutbox::servers::{Postgres, RabbitMq};
+
+use super::judge::Outcome;
+use crate::support::consumer::{Consumer, Kind, channel};
+use crate::support::links::{Ledger, Link};
+use crate::support::load::{ENDLESS, Mix, Oracle, Writers};
+use crate::support::relay::Relay;
+use crate::support::{Outbox, connect, eventually};
+
+/// The relay's passwords: no output may hold them.
+pub(super) const SECRET: &str = "secret-canary-93ac";
+
+/// Bytes of memory a relay may have, by the kernel.
+const MEMORY_MAX: &str = "134217728";
+const MEMORY_MAX_KIB: u64 = 128 * 1024;
+
+/// A server pair for many rounds, one after the other.
+pub(super) struct Site {
+    pub(super) postgres: Postgres,
+    pub(super) rabbitmq: RabbitMq,
+}
+
+impl Site {
+    pub(super) fn start() -> Self {
+        let settings =
+            [("wal_sender_timeout", "6s"), ("max_prepared_transactions", "20"), ("checkpoint_timeout", "30s")];
+        let site = Self { postgres: Postgres::start(&settings).unwrap(), rabbitmq: RabbitMq::start().unwrap() };
+        site.permit();
+        site
+    }
+
+    /// The relay's user at the broker.
+    pub(super) fn permit(&self) {
+        // It may be there already.
+        let _ = self.rabbitmq.ctl(&["add_user", "relay", SECRET]);
+        self.rabbitmq.ctl(&["set_permissions", "relay", ".*", ".*", ".*"]).unwrap();
+    }
+}
+
+/// One round.
+pub(super) struct Round {
+    pub(super) site: Site,
+    /// The outbox without links, as writers and consumers have it.
+    pub(super) outbox: Outbox,
+    pub(super) relay: Option<Relay>,
+    pub(super) to_postgres: Link,
+    pub(super) to_rabbitmq: Link,
+    pub(super) ledger: Ledger,
+    /// Classic, quorum and stream, in this order.
+    pub(super) consumers: Vec<Consumer>,
+    pub(super) random: fastrand::Rng,
+    /// Settings of relays to come, as `section.key`.
+    pub(super) settings: Vec<(String, String)>,
+    writers: Option<Writers>,
+    oracle: Oracle,
+    /// When all was well again, and the row that was inserted then.
+    healed: Option<(Instant, String)>,
+    /// What was wrong on the way.
+    pub(super) complaints: Vec<String>,
+    peak_kib: u64,
+    pub(super) logs: String,
+}
+
+impl Round {
+    /// Everything runs, and messages have flowed.
+    pub(super) async fn start(site: Site, seed: u64) -> Self {
+        let outbox = Outbox::create(&site.postgres, &site.rabbitmq).await;
+        outbox.sql(AUDIT).await;
+        let oracle = Oracle::start(&outbox).await;
+        let mut consumers = Vec::new();
+        for kind in [Kind::Classic, Kind::Quorum, Kind::Stream] {
+            consumers.push(Consumer::start_kind(&outbox, kind).await);
+        }
+        let ledger = Ledger::new(outbox.confirmed().await);
+        let mut round = Self {
+            to_postgres: Link::to_postgres(site.postgres.port(), &ledger).await,
+            to_rabbitmq: Link::to_rabbitmq(site.rabbitmq.port(), &ledger).await,
+            site,
+            outbox,
+            relay: None,
+            ledger,
+            consumers,
+            random: fastrand::Rng::with_seed(seed),
+            settings: vec![("rabbitmq.confirm_timeout".to_owned(), "5s".to_owned())],
+            writers: None,
+            oracle,
+            healed: None,
+            complaints: Vec::new(),
+            peak_kib: 0,
+            logs: String::new(),
+        };
+        round.start_relay();
+        round.load(3);
+        round.flowing(100).await;
+        round
+    }
+
+    /// Writers that go on until the end of the round.
+    pub(super) fn load(&mut self, writers: u64) {
+        let mix = Mix { writers, rows: ENDLESS, most: 100, is_rich: true, seed: self.random.u64(..) };
+        self.writers = Some(Writers::start_mix(&self.outbox, mix));
+    }
+
+    pub(super) async fn pause_load(&mut self) {
+        if let Some(writers) = self.writers.take() {
+            writers.stop().await;
+        }
+    }
+
+    pub(super) fn start_relay(&mut self) {
+        let relay = self.new_relay();
+        self.relay = Some(relay);
+    }
+
+    /// One more relay of the same slot, through the same links, under the memory limit.
+    pub(super) fn new_relay(&self) -> Relay {
+        let (postgres, rabbitmq) = (self.to_postgres.port(), self.to_rabbitmq.port());
+        let database = &self.outbox.name;
+        let settings: Vec<_> = self.settings.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let relay = Relay::start_at(
+            &format!("postgres://postgres:{SECRET}@127.0.0.1:{postgres}/{database}"),
+            &format!("amqp://relay:{SECRET}@127.0.0.1:{rabbitmq}/%2f?heartbeat=4"),
+            &self.outbox.name,
+            &settings,
+        );
+        limit_memory(relay.pid());
+        relay
+    }
+
+    pub(super) fn relay(&self) -> &Relay {
+        self.relay.as_ref().expect("a relay runs")
+    }
+
+    /// Takes the relay out, with its log and its peak noted.
+    pub(super) fn take_relay(&mut self) -> Relay {
+        let relay = self.relay.take().expect("a relay runs");
+        self.note(&relay);
+        relay
+    }
+
+    /// Before a relay goes: how large it was, and what it said.
+    pub(super) fn note(&mut self, relay: &Relay) {
+        self.peak_kib = self.peak_kib.max(relay.peak_memory_kib().unwrap_or(0));
+        let said = relay.log() + &relay.get("/metrics").1 + &relay.get("/readyz").1 + &relay.get("/").1;
+        for canary in [SECRET, crate::support::load::CANARY] {
+            if said.contains(canary) {
+                self.complaints.push(format!("the relay said {canary}"));
+            }
+        }
+        if said.contains("panicked") {
+            self.complaints.push("the relay panicked".to_owned());
+        }
+        self.logs += &relay.log();
+    }
+
+    /// So many more messages have come out of the stream queue.
+    pub(super) async fn flowing(&self, count: usize) {
+        let stream = self.consumers.last().expect("three queues");
+        let before = stream.count();
+        eventually("messages flow", || async { stream.count() >= before + count }).await;
+    }
+
+    /// A random moment of traffic has passed.
+    pub(super) async fn moment(&mut self) {
+        let wait = Duration::from_millis(self.random.u64(0..400));
+        tokio::time::sleep(wait).await;
+    }
+
+    /// The fault lasts so long: the relay neither burns CPU nor knocks at every door meanwhile.
+    pub(super) async fn lasts(&mut self, long: Duration) {
+        // What is under way when the fault comes may end first.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let before = (self.relay().cpu(), self.to_postgres.connections(), self.to_rabbitmq.connections());
+        tokio::time::sleep(long).await;
+        let cpu = self.relay().cpu().saturating_sub(before.0);
+        let postgres = self.to_postgres.connections() - before.1;
+        let rabbitmq = self.to_rabbitmq.connections() - before.2;
+        if cpu > long / 20 {
+            self.complaints.push(format!("{cpu:?} of CPU while waiting {long:?}"));
+        }
+        // A session knocks at most twice at Postgres: control and stream.
+        if rabbitmq > long.as_secs() + 1 || postgres > 2 * (long.as_secs() + 1) {
+            self.complaints.push(format!("{postgres} and {rabbitmq} connections while waiting {long:?}"));
+        }
+    }
+
+    /// All is well again: a row inserted now must arrive soon.
+    pub(super) async fn healed(&mut self) {
+        let began = Instant::now();
+        loop {
+            if let Ok(client) = connect_now(&self.outbox.url).await
+                && let Ok(row) = client.query_one(MARKER, &[]).await
+            {
+                self.healed = Some((Instant::now(), row.get(0)));
+                return;
+            }
+            assert!(began.elapsed() < Duration::from_secs(30), "Postgres does not take a row after the fault");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Ends the load, waits for what is due, and judges.
+    pub(super) async fn finish(mut self) -> (Outcome, Site) {
+        if self.healed.is_none() {
+            self.healed().await;
+        }
+        let recovered = self.recovered().await;
+        self.pause_load().await;
+        self.outbox.client = connect(&self.outbox.url).await;
+        self.resolve_prepared().await;
+        let truth = self.oracle.ids(&self.outbox).await;
+        let audited = self.outbox.text("select count(*) from audit").await.unwrap();
+        if audited != truth.len().to_string() {
+            self.complaints.push(format!("the audit table has {audited} rows, the oracle {}", truth.len()));
+        }
+        self.arrived(&truth).await;
+        self.told().await;
+        if self.relay.is_some() {
+            let relay = self.take_relay();
+            let code = relay.stop();
+            if code != 0 {
+                self.complaints.push(format!("a clean stop ended with {code}"));
+            }
+        }
+        self.complaints.extend(self.ledger.violations());
+        if self.peak_kib > MEMORY_MAX_KIB {
+            self.complaints.push(format!("{} KiB of memory", self.peak_kib));
+        }
+        let received: Vec<_> = self.consumers.iter().map(Consumer::received).collect();
+        let mut outcome = Outcome::of(&received, &truth);
+        outcome.recovered = recovered;
+        outcome.peak_kib = self.peak_kib;
+        outcome.complaints.append(&mut self.complaints);
+        outcome.log = std::mem::take(&mut self.logs);
+        self.clear().await;
+        (outcome, self.site)
+    }
+
+    /// How long the marker took to come out of every queue.
+    async fn recovered(&mut self) -> Option<Duration> {
+        const WITHIN: Duration = Duration::from_secs(30);
+        const PATIENCE: Duration = Duration::from_secs(60);
+        let (healed, marker) = self.healed.clone()?;
+        while healed.elapsed() < PATIENCE {
+            if self.consumers.iter().all(|consumer| consumer.has(&marker)) {
+                let took = healed.elapsed();
+                if took > WITHIN {
+                    self.complaints.push(format!("recovered only after {took:?}"));
+                }
+                return Some(took);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.complaints.push(format!("not recovered after {PATIENCE:?}"));
+        None
+    }
+
+    /// A transaction that a crash left prepared holds the slot for ever.
+    async fn resolve_prepared(&self) {
+        let sql = "select gid from pg_prepared_xacts where database = current_database()";
+        while let Some(name) = self.outbox.text(sql).await {
+            self.outbox.sql(&format!("rollback prepared '{name}'")).await;
+        }
+    }
+
+    async fn arrived(&mut self, truth: &[String]) {
+        const STANDSTILL: Duration = Duration::from_secs(20);
+        let distinct = |round: &Self| round.consumers.iter().map(Consumer::distinct).collect::<Vec<_>>();
+        let mut last = (Instant::now(), distinct(self));
+        while last.1.iter().any(|count| *count < truth.len()) && last.0.elapsed() < STANDSTILL {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let now = distinct(self);
+            if now != last.1 {
+                last = (Instant::now(), now);
+            }
+        }
+    }
+
+    /// I7: an idle slot follows the server.
+    async fn told(&mut self) {
+        const WITHIN: Duration = Duration::from_secs(15);
+        let (target, began) = (self.outbox.current().await, Instant::now());
+        while self.outbox.confirmed().await < target {
+            if began.elapsed() > WITHIN {
+                let confirmed: Lsn = self.outbox.confirmed().await;
+                self.complaints.push(format!("the slot stands at {confirmed}, {target} was due"));
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Slots hold WAL and queues hold memory: the next round needs neither.
+    async fn clear(&mut self) {
+        let sql = "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
+                   where database = current_database() and not active";
+        // A slot may be held for another moment; nothing depends on it.
+        let _ = self.outbox.client.batch_execute(sql).await;
+        self.consumers.clear();
+        let (_connection, channel) = channel(&self.outbox.amqp).await;
+        for kind in [Kind::Classic, Kind::Quorum, Kind::Stream] {
+            let queue = kind.queue(&self.outbox);
+            let _ = channel.queue_delete(queue.as_str().into(), Default::default()).await;
+        }
+    }
+}
+
+async fn connect_now(url: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// The truth: filled in the writer's own transaction, whatever becomes of the row.
+const AUDIT: &str = "
+create table audit (id uuid primary key);
+create function audit() returns trigger language plpgsql as
+  $$ begin insert into audit select id from added; return null; end $$;
+create trigger audit after insert on outbox referencing new table as added for each statement execute function audit();
+";
+
+const MARKER: &str = "insert into outbox (aggregatetype, aggregateid, type) values ('order', '0', 'marker') \
+                      returning id::text";
+
+/// Where the machine lets us: a relay that grows is killed, and that is a failure of the round.
+fn limit_memory(pid: i32) {
+    let group = PathBuf::from("/sys/fs/cgroup/memory/pgoutbox-faults").join(pid.to_string());
+    if std::fs::create_dir_all(&group).is_ok() {
+        let _ = std::fs::write(group.join("memory.limit_in_bytes"), MEMORY_MAX);
+        let _ = std::fs::write(group.join("cgroup.procs"), pid.to_string());
+    }
+}
