@@ -85,7 +85,10 @@ impl Error {
 }
 
 /// Ports on loopback, all different, free a moment ago, and outside the ephemeral range (see the module).
-pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
+///
+/// # Errors
+/// `Io` when there is none.
+pub fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
     let mut held = Vec::with_capacity(N);
     while held.len() < N {
         held.push(free_port().map_err(Error::io("find a free port on 127.0.0.1"))?);

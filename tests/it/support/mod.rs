@@ -4,6 +4,7 @@
 //! remedy. And servers are dear: tests that break nothing share one of each, with a database, slot and exchange of their own.
 
 pub(crate) mod consumer;
+pub(crate) mod links;
 pub(crate) mod load;
 pub(crate) mod proxy;
 pub(crate) mod relay;
