@@ -66,7 +66,7 @@ impl Connection {
         Self { ledger, is_amqp: None, channels: HashMap::new(), last: None }
     }
 
-    fn from_relay(&mut self, kind: u8, number: u16, mut payload: &[u8]) -> Option<()> {
+    fn relay_sent(&mut self, kind: u8, number: u16, mut payload: &[u8]) -> Option<()> {
         let channel = self.channels.entry(number).or_default();
         match kind {
             METHOD => match method(&mut payload)? {
@@ -121,7 +121,7 @@ impl Connection {
         channel.outstanding.insert(channel.tag, Outstanding { id, position, is_returned: false });
     }
 
-    fn from_broker(&mut self, kind: u8, number: u16, mut payload: &[u8]) -> Option<()> {
+    fn broker_sent(&mut self, kind: u8, number: u16, mut payload: &[u8]) -> Option<()> {
         let channel = self.channels.entry(number).or_default();
         match kind {
             METHOD => {
@@ -284,8 +284,8 @@ impl Protocol for Connection {
         }
         let (kind, number, payload) = (frame[0], u16::from_be_bytes([frame[1], frame[2]]), &frame[7..frame.len() - 1]);
         let understood = match direction {
-            Direction::Up => self.from_relay(kind, number, payload),
-            Direction::Down => self.from_broker(kind, number, payload),
+            Direction::Up => self.relay_sent(kind, number, payload),
+            Direction::Down => self.broker_sent(kind, number, payload),
         };
         if understood.is_none() {
             self.ledger

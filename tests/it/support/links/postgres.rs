@@ -55,7 +55,7 @@ impl Connection {
         }
     }
 
-    fn from_relay(&mut self, tag: u8, mut body: &[u8]) -> Option<()> {
+    fn relay_sent(&mut self, tag: u8, mut body: &[u8]) -> Option<()> {
         match tag {
             b'Q' => {
                 let query = String::from_utf8_lossy(body);
@@ -77,7 +77,7 @@ impl Connection {
         Some(())
     }
 
-    fn from_server(&mut self, tag: u8, mut body: &[u8]) -> Option<()> {
+    fn server_sent(&mut self, tag: u8, mut body: &[u8]) -> Option<()> {
         if tag != b'd' {
             return Some(());
         }
@@ -148,7 +148,7 @@ impl Protocol for Connection {
             }
             (Phase::Frames, _) => {
                 let (tag, body) = (frame[0], &frame[5..]);
-                if direction == Direction::Up { self.from_relay(tag, body) } else { self.from_server(tag, body) }
+                if direction == Direction::Up { self.relay_sent(tag, body) } else { self.server_sent(tag, body) }
             }
             _ => Some(()),
         };
