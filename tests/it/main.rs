@@ -5,6 +5,7 @@
 mod crashes;
 mod delivery;
 mod demo;
+mod faults;
 mod feedback;
 mod links;
 mod memory;

@@ -75,6 +75,8 @@ impl Round {
     pub(super) async fn start(site: Site, seed: u64) -> Self {
         let outbox = Outbox::create(&site.postgres, &site.rabbitmq).await;
         outbox.sql(AUDIT).await;
+        // Roles outlive a round's database.
+        outbox.sql(&format!("{ROLE}; grant connect on database {} to relay", outbox.name)).await;
         let oracle = Oracle::start(&outbox).await;
         let mut consumers = Vec::new();
         for kind in [Kind::Classic, Kind::Quorum, Kind::Stream] {
@@ -127,7 +129,7 @@ impl Round {
         let database = &self.outbox.name;
         let settings: Vec<_> = self.settings.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let relay = Relay::start_at(
-            &format!("postgres://postgres:{SECRET}@127.0.0.1:{postgres}/{database}"),
+            &format!("postgres://relay:{SECRET}@127.0.0.1:{postgres}/{database}"),
             &format!("amqp://relay:{SECRET}@127.0.0.1:{rabbitmq}/%2f?heartbeat=4"),
             &self.outbox.name,
             &settings,
@@ -327,6 +329,9 @@ create function audit() returns trigger language plpgsql as
   $$ begin insert into audit select id from added; return null; end $$;
 create trigger audit after insert on outbox referencing new table as added for each statement execute function audit();
 ";
+
+/// The relay's role: may replicate, and nothing else.
+const ROLE: &str = "do $$ begin create role relay login replication; exception when duplicate_object then null; end $$";
 
 const MARKER: &str = "insert into outbox (aggregatetype, aggregateid, type) values ('order', '0', 'marker') \
                       returning id::text";

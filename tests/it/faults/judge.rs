@@ -33,9 +33,13 @@ pub(super) struct Outcome {
 }
 
 impl Outcome {
+    /// A round that could not be judged.
+    pub(super) fn failed(why: String) -> Self {
+        Self { complaints: vec![why], ..Self::default() }
+    }
+
     pub(super) fn of(queues: &[Vec<Received>], truth: &[String]) -> Self {
-        let index_of: HashMap<&str, usize> =
-            truth.iter().enumerate().map(|(index, id)| (id.as_str(), index)).collect();
+        let index_of: HashMap<&str, usize> = truth.iter().enumerate().map(|(index, id)| (id.as_str(), index)).collect();
         let mut outcome = Self { rows: truth.len(), ..Self::default() };
         for received in queues {
             outcome.queue(received, &index_of);
