@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::lease::Lease;
 use super::{Error, Progress, Source, progress, stopped};
@@ -24,6 +24,9 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Bytes of messages between reader and publisher; a larger one goes alone.
 const CHANNEL_BYTES: usize = 2 * 1024 * 1024;
+
+/// When the stream breaks, what is in flight is given so long to settle: a broker that answers takes less.
+const SETTLE_WITHIN: Duration = Duration::from_secs(2);
 
 /// An item in the channel, holding its share of the channel's bytes until the publisher takes it.
 pub(super) struct Read {
@@ -85,11 +88,24 @@ impl<S: Source> Reader<'_, S> {
         items: mpsc::Sender<Read>,
         stop: &mut watch::Receiver<bool>,
     ) -> Result<Option<Error>, Error> {
-        let reason = self.read(&items, stop).await?;
+        let reason = match self.read(&items, stop).await {
+            Err(Error::Postgres(error)) => {
+                drop(items);
+                // Nothing can be told any more, but what settles now is not published again.
+                let _ = timeout(SETTLE_WITHIN, self.settle()).await;
+                return Err(error.into());
+            }
+            reason => reason?,
+        };
         // The publisher sees the channel end, publishes what is in it and ends; so does the settler.
         drop(items);
         self.drain().await?;
         Ok(reason)
+    }
+
+    /// Waits until the settler has ended.
+    async fn settle(&mut self) {
+        while self.settled.changed().await.is_ok() {}
     }
 
     /// Tells the last status and ends the stream. Also when the broker ended the session: what it settled in the last
