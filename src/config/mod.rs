@@ -64,8 +64,8 @@ pub const KEYS: [Key; 24] = [
     key(
         "rabbitmq.message_bytes_max",
         "",
-        "the broker's max_message_size; else its version's default, 16MiB since 4.0 and 128MiB before. A larger body stops the \
-         relay",
+        "the broker's max_message_size; else its version's default, 16MiB since 4.0 and 128MiB before. A larger body stops \
+         the relay",
     ),
     key("rabbitmq.confirm_timeout", "30s", "how long the broker may hold back a confirm"),
     key("http.listen", "127.0.0.1:9190", "probes and metrics; empty: off"),

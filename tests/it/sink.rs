@@ -18,6 +18,7 @@ use pgoutbox::sink::rabbitmq::{MESSAGE_BYTES_MAX, Settings};
 use pgoutbox::sink::{Error, RabbitMq, Refusal, Sink};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 
 use crate::support::{consumer, shared_rabbitmq, unique};
 
@@ -142,8 +143,13 @@ async fn bodies_of_every_size_arrive_as_they_are() {
 }
 
 /// A way to the broker on which what we write is passed on only in so many bytes at a time, and not at all once they add up
-/// to `stop_at`. Gives the port, and later how the client's end was seen to close.
-async fn narrow_way(broker: u16, piece: usize, stop_at: usize) -> (u16, tokio::task::JoinHandle<usize>) {
+/// to `stop_at`, until `gone_on`. Gives the port, and when the client's end has closed, how much came in all.
+async fn narrow_way(
+    broker: u16,
+    piece: usize,
+    stop_at: usize,
+    gone_on: Arc<Notify>,
+) -> (u16, tokio::task::JoinHandle<usize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let way = tokio::spawn(async move {
@@ -160,8 +166,8 @@ async fn narrow_way(broker: u16, piece: usize, stop_at: usize) -> (u16, tokio::t
             tokio::task::yield_now().await;
         }
         if passed >= stop_at {
-            // Nobody reads until the client gives up; then the end must come, after what stood in the sockets.
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            // Nobody reads until the client has given up; then the end must come, after what stood in the sockets.
+            gone_on.notified().await;
             while let Ok(count @ 1..) = from_client.read(&mut buffer).await {
                 passed += count;
             }
@@ -174,7 +180,7 @@ async fn narrow_way(broker: u16, piece: usize, stop_at: usize) -> (u16, tokio::t
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_runs_in_flight_through_a_slow_reader_settle_in_order() {
-    let (port, _way) = narrow_way(shared_rabbitmq().port(), 1500, usize::MAX).await;
+    let (port, _way) = narrow_way(shared_rabbitmq().port(), 1500, usize::MAX, Arc::default()).await;
     let name = unique("sink");
     drop(open_at(&shared_rabbitmq().url(), &name, 0).await);
     let settings = Settings {
@@ -204,7 +210,8 @@ async fn many_runs_in_flight_through_a_slow_reader_settle_in_order() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_is_dropped_in_the_middle_of_a_run_leaves_no_socket_behind() {
     const LARGE: usize = 64 << 20;
-    let (port, way) = narrow_way(shared_rabbitmq().port(), 1500, 100_000).await;
+    let gone = Arc::new(Notify::new());
+    let (port, way) = narrow_way(shared_rabbitmq().port(), 1500, 100_000, gone.clone()).await;
     let settings = Settings {
         uris: vec![format!("amqp://guest:guest@127.0.0.1:{port}/%2f").parse().unwrap()],
         exchange: unique("sink"),
@@ -217,6 +224,7 @@ async fn a_session_that_is_dropped_in_the_middle_of_a_run_leaves_no_socket_behin
     let receipt = sink.publish(vec![large]).await.unwrap();
     assert!(tokio::time::timeout(Duration::from_millis(200), receipt).await.is_err());
     drop(sink);
+    gone.notify_one();
     let passed = tokio::time::timeout(Duration::from_secs(20), way).await.expect("the socket stays open").unwrap();
     assert!(passed < LARGE, "all {passed} bytes came: nothing was dropped in the middle");
 }
