@@ -140,7 +140,7 @@ fn report(error: &Error) -> ExitCode {
 
 fn start_logs(common: &Common) {
     let level = std::env::var("RUST_LOG").unwrap_or_else(|_| common.log_level.to_string());
-    // lapin logs returned messages with their bodies; what matters of it is in our own errors.
+    // The consumers of `demo` meet a broker that restarts: lapin would log what is part of the show.
     let filter = EnvFilter::try_new(format!("{level},lapin=off")).unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     match common.log_format {

@@ -61,7 +61,12 @@ pub const KEYS: [Key; 24] = [
     key("rabbitmq.routing_key", "{aggregatetype}.{type}", "a template over the row's columns"),
     key("rabbitmq.window_messages", "1000", "messages published and not confirmed, at most"),
     key("rabbitmq.window_bytes", "4MiB", "their bytes, at most; a larger message goes alone"),
-    key("rabbitmq.message_bytes_max", "16MiB", "the broker's max_message_size; a larger body stops the relay"),
+    key(
+        "rabbitmq.message_bytes_max",
+        "",
+        "the broker's max_message_size; else its version's default, 16MiB since 4.0 and 128MiB before. A larger body stops \
+         the relay",
+    ),
     key("rabbitmq.confirm_timeout", "30s", "how long the broker may hold back a confirm"),
     key("http.listen", "127.0.0.1:9190", "probes and metrics; empty: off"),
     key("run.drain_timeout", "25s", "how long a stop may wait for confirms"),
@@ -196,7 +201,9 @@ impl Raw<'_> {
         let declare = self.parsed("rabbitmq.declare", true, |text| {
             text.parse().map_err(|_| "`true` or `false` is needed".to_owned())
         });
-        let message_bytes_max = self.parsed("rabbitmq.message_bytes_max", 0, |text| bytes(text, 1 << 29));
+        // 0: only the broker's version tells.
+        let message_bytes_max = self
+            .parsed("rabbitmq.message_bytes_max", 0, |text| if text.is_empty() { Ok(0) } else { bytes(text, 1 << 29) });
         let Some(url) = self.optional("rabbitmq.url") else {
             if needs == Needs::Both {
                 self.fault(
@@ -210,7 +217,7 @@ impl Raw<'_> {
         Some(SinkSettings::RabbitMq(rabbitmq::Settings { uris, exchange, declare, message_bytes_max }))
     }
 
-    fn parsed_uris(&mut self, urls: &str) -> Vec<lapin::uri::AMQPUri> {
+    fn parsed_uris(&mut self, urls: &str) -> Vec<amq_protocol_uri::AMQPUri> {
         let mut uris = Vec::new();
         for url in urls.split(',') {
             match url.trim().parse() {

@@ -1,71 +1,187 @@
-//! Connecting, with a hold on the socket that lapin does not give.
+//! From a URL to an open channel with confirms on: TCP, TLS, the protocol's greeting, login, vhost, channel.
 //!
-//! The trap: lapin serves a connection from a thread of its own, which goes on when the future that connects is dropped and
-//! when a connection that the broker blocks is closed. A broker that hangs for a night would leave a thread and a socket
-//! behind for every attempt. So a second handle of the socket stays here, and shutting it down ends the thread.
+//! The trap: a broker that hangs accepts the socket and says nothing, for a night, so every step has a deadline. Dropped on
+//! the way, a step leaves nothing behind: the socket closes with its last owner, and no thread or task has begun.
 
-use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::future::Future;
+use std::time::Duration;
 
-use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
-use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties};
-use tokio::net::lookup_host;
+use amq_protocol_uri::{AMQPScheme, AMQPUri, SASLMechanism};
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
-use super::{ANSWER_TIMEOUT, answer, explain, host};
+use super::frames::{Close, Fault, Word};
+use super::link::{Link, Stream};
+use super::{Settings, broken, explain, host, refused_exchange, tls, wire};
+use crate::metrics::Metrics;
 use crate::sink::Error;
 
-/// A second handle of a connection's socket. Dropped: the socket is shut down.
-#[derive(Debug, Default)]
-pub(super) struct Leash(Arc<Mutex<Option<TcpStream>>>);
+/// Connecting, declaring, opening a channel: each answers in milliseconds or not at all.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-impl Drop for Leash {
-    fn drop(&mut self) {
-        if let Some(socket) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            // Already closed: all the better.
-            let _ = socket.shutdown(Shutdown::Both);
+/// Half of what `amqp://` URIs usually ask for: a broker that is gone is noticed after two silent intervals.
+const HEARTBEAT_SECONDS: u16 = 10;
+
+/// RabbitMQ's default, for brokers that set no limit, and for what comes before one is agreed on.
+const FRAME_BYTES_MAX: u32 = 131_072;
+
+/// The least that AMQP 0-9-1 lets a peer ask for.
+const FRAME_BYTES_MIN: u32 = 4096;
+
+/// A connection with one channel, on which confirms are on.
+pub(super) struct Opened {
+    pub(super) link: Link,
+    /// `None`: off, by the URL's will and the broker's.
+    pub(super) heartbeat: Option<Duration>,
+    /// As the broker says it, such as `RabbitMQ` and `3.10.8`.
+    pub(super) product: String,
+    pub(super) version: String,
+}
+
+/// An answer within the deadline.
+pub(super) async fn answer<T>(during: &'static str, pending: impl Future<Output = T>) -> Result<T, Error> {
+    timeout(ANSWER_TIMEOUT, pending).await.map_err(|_| Error::Timeout { during, after: ANSWER_TIMEOUT })
+}
+
+/// Opens a connection and its channel, and makes sure of the exchange.
+pub(super) async fn open(uri: &AMQPUri, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
+    let unreachable = |problem: String| Error::Unreachable { host: host(uri), problem };
+    let connecting = async {
+        let stream = reach(uri).await.map_err(Fault::Lost)?;
+        let mut link = Link::new(stream, FRAME_BYTES_MAX as usize);
+        greet(&mut link, uri, metrics).await.map(|greeted| greeted.opened(link))
+    };
+    let mut opened = answer("connecting", connecting).await?.map_err(|fault| unreachable(explain(&fault)))?;
+    let link = &mut opened.link;
+    let opening = async {
+        wire::channel_open(link.output.tail());
+        heard(link, metrics, |word| matches!(word, Word::ChannelOpenOk)).await
+    };
+    answer("opening a channel", opening).await?.map_err(|fault| broken(&fault))?;
+    let declaring = async {
+        wire::exchange_declare(link.output.tail(), &settings.exchange, settings.declare);
+        heard(link, metrics, |word| matches!(word, Word::ExchangeDeclareOk)).await
+    };
+    let declared = answer("declaring the exchange", declaring).await?;
+    declared.map_err(|fault| refused_exchange(&settings.exchange, &fault))?;
+    let selecting = async {
+        wire::confirm_select(link.output.tail());
+        heard(link, metrics, |word| matches!(word, Word::ConfirmSelectOk)).await
+    };
+    answer("selecting confirms", selecting).await?.map_err(|fault| broken(&fault))?;
+    Ok(opened)
+}
+
+/// A socket to the first address that takes it, with TLS where the URL says so.
+async fn reach(uri: &AMQPUri) -> Result<Box<dyn Stream>, String> {
+    let name = uri.authority.host.trim_start_matches('[').trim_end_matches(']');
+    let addresses = lookup_host((name, uri.authority.port)).await.map_err(|error| error.to_string())?;
+    let mut reached = Err("the host has no address".to_owned());
+    for address in addresses {
+        reached = TcpStream::connect(address).await.map_err(|error| error.to_string());
+        if reached.is_ok() {
+            break;
         }
+    }
+    let socket = reached?;
+    // A run is written whole; Nagle would hold back its last segment.
+    socket.set_nodelay(true).map_err(|error| error.to_string())?;
+    Ok(match uri.scheme {
+        AMQPScheme::AMQP => Box::new(socket),
+        AMQPScheme::AMQPS => Box::new(tls::secure(socket, &uri.authority.host).await?),
+    })
+}
+
+/// What the greeting agreed on.
+struct Greeted {
+    heartbeat: Option<Duration>,
+    product: String,
+    version: String,
+}
+
+impl Greeted {
+    fn opened(self, link: Link) -> Opened {
+        Opened { link, heartbeat: self.heartbeat, product: self.product, version: self.version }
     }
 }
 
-/// Opens a connection, within the deadline.
-pub(super) async fn connect(uri: &AMQPUri, properties: ConnectionProperties) -> Result<(Connection, Leash), Error> {
-    let unreachable = |problem: String| Error::Unreachable { host: host(uri), problem };
-    let runtime = lapin::runtime::default_runtime().map_err(|error| unreachable(explain(&error)))?;
-    let leash = Leash::default();
-    let handle = leash.0.clone();
-    let connecting = Connection::connector(
-        uri.clone(),
-        runtime,
-        async move |uri: AMQPUri, runtime| {
-            let reach = async {
-                let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
-                for address in lookup_host((uri.authority.host.as_str(), uri.authority.port)).await? {
-                    match AsyncTcpStream::connect(&runtime, address).await {
-                        Ok(stream) => return Ok(stream),
-                        Err(error) => last = error,
-                    }
-                }
-                Err(last)
-            };
-            let stream = timeout(ANSWER_TIMEOUT, reach).await.map_err(std::io::Error::from)??;
-            if let AsyncTcpStream::Plain(plain) = &stream {
-                plain.get_ref().set_nodelay(true)?;
-                let socket = TcpStream::from(plain.get_ref().as_fd().try_clone_to_owned()?);
-                *handle.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket);
+/// Protocol header, start, tune, open.
+async fn greet(link: &mut Link, uri: &AMQPUri, metrics: &Metrics) -> Result<Greeted, Fault> {
+    link.output.tail().extend_from_slice(wire::PROTOCOL_HEADER);
+    let Word::Start { properties, mechanisms } =
+        heard(link, metrics, |word| matches!(word, Word::Start { .. })).await?
+    else {
+        return Err(unexpected());
+    };
+    let (mechanism, response) = login(uri, &mechanisms)?;
+    wire::start_ok(link.output.tail(), mechanism, &response);
+    let Word::Tune { frame_max, heartbeat } = heard(link, metrics, |word| matches!(word, Word::Tune { .. })).await?
+    else {
+        return Err(unexpected());
+    };
+    let frame_max = smaller(frame_max, uri.query.frame_max.unwrap_or(FRAME_BYTES_MAX));
+    if frame_max < FRAME_BYTES_MIN {
+        return Err(Fault::Protocol(format!("frame_max is {frame_max}; AMQP asks for {FRAME_BYTES_MIN} at least")));
+    }
+    let heartbeat = smaller(heartbeat.into(), uri.query.heartbeat.unwrap_or(HEARTBEAT_SECONDS).into());
+    wire::tune_ok(link.output.tail(), frame_max, u16::try_from(heartbeat).unwrap_or(u16::MAX));
+    link.frame_max = frame_max as usize;
+    wire::open(link.output.tail(), &uri.vhost);
+    heard(link, metrics, |word| matches!(word, Word::OpenOk)).await?;
+    let property = |name: &str| {
+        let found = properties.iter().find(|(property, _)| property == name);
+        found.map(|(_, value)| value.clone()).unwrap_or_default()
+    };
+    Ok(Greeted {
+        heartbeat: (heartbeat > 0).then(|| Duration::from_secs(heartbeat.into())),
+        product: property("product"),
+        version: property("version"),
+    })
+}
+
+/// Of two limits; 0 is none.
+fn smaller(a: u32, b: u32) -> u32 {
+    if a == 0 || b == 0 { a.max(b) } else { a.min(b) }
+}
+
+/// The mechanism and what to say with it.
+fn login(uri: &AMQPUri, offered: &str) -> Result<(&'static str, Vec<u8>), Fault> {
+    let user = &uri.authority.userinfo;
+    let mechanism = uri.query.auth_mechanism.unwrap_or_default();
+    let response = match mechanism {
+        SASLMechanism::Plain => format!("\0{}\0{}", user.username, user.password).into_bytes(),
+        // The client's certificate says who we are.
+        SASLMechanism::External => Vec::new(),
+        other => return Err(Fault::Protocol(format!("login by {other} is not supported, only PLAIN and EXTERNAL"))),
+    };
+    if !offered.split(' ').any(|name| name == mechanism.name()) {
+        return Err(Fault::Protocol(format!("the broker offers no login by {mechanism}, only by {offered}")));
+    }
+    Ok((mechanism.name(), response))
+}
+
+fn unexpected() -> Fault {
+    Fault::Protocol("an unexpected method".to_owned())
+}
+
+/// Waits for the one answer that can come now.
+async fn heard(link: &mut Link, metrics: &Metrics, wanted: impl Fn(&Word) -> bool) -> Result<Word, Fault> {
+    loop {
+        while let Some(word) = link.word()? {
+            match word {
+                Word::Heartbeat => {}
+                Word::Blocked(reason) => super::session::blocked(metrics, reason),
+                Word::Unblocked => super::session::unblocked(metrics),
+                Word::Close(close) | Word::ChannelClose(close) => return Err(Fault::Closed(close)),
+                word if wanted(&word) => return Ok(word),
+                _ => return Err(unexpected()),
             }
-            match uri.scheme {
-                AMQPScheme::AMQP => Ok(stream),
-                AMQPScheme::AMQPS => {
-                    let tls = OwnedTLSConfig::default();
-                    Ok(stream.into_tls(&uri.authority.host, tls.as_ref()).await?)
-                }
-            }
-        },
-        properties,
-    );
-    let connection = answer("connecting", connecting).await?.map_err(|error| unreachable(explain(&error)))?;
-    Ok((connection, leash))
+        }
+        link.moved().await?;
+    }
+}
+
+/// Whether this is about declaring an exchange.
+pub(super) fn is_about_exchange(close: &Close) -> bool {
+    close.method == (40, 10)
 }

@@ -1,326 +1,279 @@
-//! The state of every message in flight, in the order of publishing; tells how far all of them are held.
+//! The state of every message in flight, in the order of publishing; says how far all of them are held. Pure.
 //!
-//! Why it is right although lapin misplaces returns: the broker sends a message's return before its ack, and lapin gives a
-//! waiting return to the next confirm that it completes. When a message's own confirm completes without its return, the
-//! return was therefore given to one that completed *earlier*, and that one is ready by now. So [`Ledger::keep`] looks at
-//! all that is ready before it tells anything, and returns are matched by `message_id`, never by whose confirm they came
-//! with.
-//! For that it must know every message that the broker could know: the ledger itself begins each publish, so that none is
-//! under way before it stands here.
+//! The traps. "Acked" is not "routed": an unroutable mandatory message is returned *and then acked*, so a message is held
+//! only if it was acked and not returned before. Acks come out of order (single ones above later `multiple` ones), so the
+//! highest tag says nothing. And a return names no tag, only the message: it belongs to the first one of its `message_id`
+//! that still waits for its ack, because a return precedes the ack of its own message.
+//!
+//! Whatever cannot be true (an ack for a tag that was never written, or a second one; a return of a message that is not
+//! waiting) ends the session: somebody else's confirms must not settle our messages.
 
 use std::collections::VecDeque;
-use std::future::Future;
 
-use std::pin::Pin;
-use std::task::Poll;
-
-use futures_util::FutureExt;
-use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::{mpsc, watch};
-
-use super::super::{Error, Receipt, Refusal};
-
-/// A message to be published: its id, and the future that publishes it and ends with what became of it. Its first poll
-/// queues the message, so polling in order publishes in order.
-pub(super) struct Publish {
-    pub(super) id: String,
-    pub(super) publish: Pin<Box<dyn Future<Output = Outcome> + Send>>,
-}
-
-/// What a confirm said, and what came with it.
-#[derive(Debug)]
-pub(super) struct Outcome {
-    pub(super) verdict: Verdict,
-    pub(super) returned: Option<Returned>,
-}
-
-/// Of one message: the one that was confirmed.
-#[derive(Debug)]
-pub(super) enum Verdict {
-    Acked,
-    Nacked,
-    Failed(Error),
-}
-
-/// A message that the broker gave back: any message in flight, not the one whose confirm it came with.
-#[derive(Debug)]
-pub(super) struct Returned {
-    pub(super) id: String,
-    pub(super) refusal: Refusal,
-}
-
-/// How many messages, counted from the session's first, the broker holds; and what ended it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Progress {
-    settled: u64,
-    failure: Option<Error>,
-}
-
-/// Settles when the broker holds the first `last` messages of the session.
-pub(super) fn receipt(mut progress: watch::Receiver<Progress>, last: u64) -> Receipt {
-    Receipt::new(async move {
-        let settled = progress.wait_for(|progress| progress.settled >= last || progress.failure.is_some()).await;
-        match settled {
-            Ok(progress) if progress.settled >= last => Ok(()),
-            Ok(progress) => Err(progress.failure.clone().unwrap_or_else(gone)),
-            Err(_) => Err(gone()),
-        }
-    })
-}
-
-fn gone() -> Error {
-    Error::Broken("the session is closed".to_owned())
-}
+use super::super::{Error, Refusal};
 
 /// See the file's head.
+#[derive(Debug, Default)]
 pub(super) struct Ledger {
-    states: VecDeque<(String, State)>,
-    /// Messages before the first of `states`.
+    entries: VecDeque<Entry>,
+    /// Messages before the first entry: all held.
     settled: u64,
-    failure: Option<Error>,
-    progress: watch::Sender<Progress>,
+    /// Entries from the first on that have their answer: a `multiple` looks at no message twice.
+    answered: usize,
 }
 
-/// Of a message in flight.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
+struct Entry {
+    id: String,
+    /// Where its last byte stands among those written.
+    end: u64,
+    state: State,
+}
+
+#[derive(Debug, PartialEq, Eq)]
 enum State {
     Pending,
+    /// Its ack is still to come, and will not mean "held".
+    Returned(Refusal),
     Held,
     Refused(Refusal),
 }
 
-impl Ledger {
-    pub(super) fn new(progress: watch::Sender<Progress>) -> Self {
-        Self { states: VecDeque::new(), settled: 0, failure: None, progress }
+impl Entry {
+    fn is_answered(&self) -> bool {
+        matches!(self.state, State::Held | State::Refused(_))
     }
 
-    /// Publishes runs and keeps account of them until the session ends or fails.
-    pub(super) async fn keep(mut self, mut runs: mpsc::UnboundedReceiver<Vec<Publish>>) {
-        let mut outstanding = FuturesUnordered::new();
-        let mut number: u64 = 0;
-        while self.failure.is_none() {
-            // Both arms are cancel-safe. Confirms first: they free the window.
-            tokio::select! {
-                biased;
-                Some((number, outcome)) = outstanding.next() => {
-                    self.record(number, outcome);
-                    // A `Pending` here means that every future that was ready when this call began has been looked at.
-                    while let Some(Some((number, outcome))) = outstanding.next().now_or_never() {
-                        self.record(number, outcome);
-                    }
-                    self.tell();
-                }
-                run = runs.recv() => {
-                    let Some(run) = run else { return };
-                    for Publish { id, mut publish } in run {
-                        let this = number;
-                        number += 1;
-                        self.states.push_back((id, State::Pending));
-                        match futures_util::poll!(&mut publish) {
-                            // Not even queued: the session is over.
-                            Poll::Ready(outcome) => self.record(this, outcome),
-                            Poll::Pending => outstanding.push(publish.map(move |outcome| (this, outcome))),
-                        }
-                    }
-                    self.tell();
-                }
-            }
-        }
-    }
-
-    fn record(&mut self, number: u64, outcome: Outcome) {
-        let state = match outcome.verdict {
-            Verdict::Acked => State::Held,
-            Verdict::Nacked => State::Refused(Refusal::Nacked),
-            Verdict::Failed(error) => return self.fail(error),
+    fn answer(&mut self, is_ack: bool) {
+        self.state = match std::mem::replace(&mut self.state, State::Held) {
+            State::Returned(refusal) | State::Refused(refusal) => State::Refused(refusal),
+            State::Pending | State::Held if is_ack => State::Held,
+            State::Pending | State::Held => State::Refused(Refusal::Nacked),
         };
-        if let Some(returned) = outcome.returned {
-            self.refuse(returned);
-        }
-        let index = number.checked_sub(self.settled).and_then(|index| usize::try_from(index).ok());
-        match index.and_then(|index| self.states.get_mut(index)) {
-            // A return that came with another's confirm stands: the ack that follows it does not mean held.
-            Some((_, pending @ State::Pending)) => *pending = state,
-            Some(_) => {}
-            None => self.fail(Error::Broken(format!("a confirm for message {number}, which is not in flight"))),
-        }
+    }
+}
+
+impl Ledger {
+    /// The next message of the session, whose last byte is the `end`th. Its tag is its number, from 1.
+    pub(super) fn publish(&mut self, id: String, end: u64) {
+        self.entries.push_back(Entry { id, end, state: State::Pending });
     }
 
-    fn refuse(&mut self, returned: Returned) {
-        let not_refused = |state: &State| !matches!(state, State::Refused(_));
-        // Two rows may share an id; the first one is taken, and everything after it is published again anyway.
-        match self.states.iter_mut().find(|(id, state)| *id == returned.id && not_refused(state)) {
-            Some((_, state)) => *state = State::Refused(returned.refusal),
-            None => self.fail(Error::Broken(format!("message {:?} was returned and is not in flight", returned.id))),
-        }
+    /// How many messages, counted from the session's first, the broker holds.
+    pub(super) fn settled(&self) -> u64 {
+        self.settled
     }
 
-    /// Tells how far everything is held. A refused message ends the session when all before it are held, so that
-    /// publishing again begins with exactly that message.
-    fn tell(&mut self) {
-        while let Some((id, state)) = self.states.front() {
-            match state {
-                State::Pending => break,
-                State::Held => {
-                    self.states.pop_front();
-                    self.settled += 1;
+    /// `basic.ack` or `basic.nack`, when so many bytes have been written.
+    pub(super) fn answer(&mut self, tag: u64, multiple: bool, is_ack: bool, written: u64) -> Result<(), String> {
+        let index = tag.checked_sub(self.settled + 1).and_then(|index| usize::try_from(index).ok());
+        let entry = index.and_then(|index| self.entries.get_mut(index));
+        let (Some(index), Some(entry)) = (index, entry.filter(|entry| entry.end <= written && !entry.is_answered()))
+        else {
+            return Err(format!("a confirm for delivery tag {tag}, which is not waiting for one"));
+        };
+        entry.answer(is_ack);
+        if multiple {
+            for entry in self.entries.range_mut(self.answered.min(index)..index) {
+                if !entry.is_answered() {
+                    entry.answer(is_ack);
                 }
-                State::Refused(refusal) => {
-                    let refused = Error::Refused { id: id.clone(), refusal: refusal.clone() };
-                    self.fail(refused);
-                    break;
+            }
+            self.answered = self.answered.max(index + 1);
+        }
+        Ok(())
+    }
+
+    /// `basic.return`.
+    pub(super) fn returned(&mut self, id: &str, refusal: Refusal, written: u64) -> Result<(), String> {
+        let waiting = |entry: &&mut Entry| entry.state == State::Pending && entry.id == id && entry.end <= written;
+        // Two rows may share an id; the first one is taken, and everything after it is published again anyway.
+        match self.entries.iter_mut().skip(self.answered).find(waiting) {
+            Some(entry) => entry.state = State::Returned(refusal),
+            None => return Err(format!("message {id:?} was returned and is not waiting for its confirm")),
+        }
+        Ok(())
+    }
+
+    /// Settles what is held, in order. A refused message ends the session when all before it are held, so that publishing
+    /// again begins with exactly that message.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        while let Some(entry) = self.entries.front() {
+            match &entry.state {
+                State::Pending => break,
+                State::Returned(refusal) | State::Refused(refusal) => {
+                    return Err(Error::Refused { id: entry.id.clone(), refusal: refusal.clone() });
+                }
+                State::Held => {
+                    self.entries.pop_front();
+                    self.settled += 1;
+                    self.answered = self.answered.saturating_sub(1);
                 }
             }
         }
-        self.progress.send_modify(|progress| {
-            progress.settled = self.settled;
-            progress.failure = self.failure.clone();
-        });
-    }
-
-    fn fail(&mut self, error: Error) {
-        self.failure.get_or_insert(error);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::oneshot;
-
     use super::*;
 
-    /// A session of eight messages, whose confirms the test completes as it likes.
-    struct Session {
-        confirms: Vec<Option<oneshot::Sender<Outcome>>>,
-        progress: watch::Receiver<Progress>,
-        _runs: mpsc::UnboundedSender<Vec<Publish>>,
+    fn unroutable() -> Refusal {
+        Refusal::Unroutable { exchange: "e".to_owned(), routing_key: "k".to_owned() }
     }
 
-    impl Session {
-        /// In two runs.
-        async fn start() -> Self {
-            let (sender, progress) = watch::channel(Progress::default());
-            let (runs, incoming) = mpsc::unbounded_channel();
-            let mut confirms = Vec::new();
-            tokio::spawn(Ledger::new(sender).keep(incoming));
-            for run in [0..3, 3..8] {
-                let publish = |number: usize| {
-                    let (confirm, receiver) = oneshot::channel();
-                    confirms.push(Some(confirm));
-                    let confirmed = receiver.map(|outcome| outcome.expect("the test answers"));
-                    Publish { id: number.to_string(), publish: Box::pin(confirmed) }
-                };
-                let _ = runs.send(run.map(publish).collect());
+    /// Messages "1" to "8", of ten bytes each, all written.
+    fn eight() -> Ledger {
+        let mut ledger = Ledger::default();
+        (1..=8).for_each(|tag: u64| ledger.publish(tag.to_string(), tag * 10));
+        ledger
+    }
+
+    const WRITTEN: u64 = 80;
+
+    fn ack(ledger: &mut Ledger, tag: u64) {
+        ledger.answer(tag, false, true, WRITTEN).unwrap();
+    }
+
+    fn settled(ledger: &mut Ledger) -> (u64, Option<String>) {
+        let refused = ledger.settle().err().map(|error| error.to_string());
+        (ledger.settled(), refused)
+    }
+
+    #[test]
+    fn confirms_out_of_order_settle_in_order() {
+        let mut ledger = eight();
+        [4, 2, 3].into_iter().for_each(|tag| ack(&mut ledger, tag));
+        assert_eq!(settled(&mut ledger), (0, None));
+        ack(&mut ledger, 1);
+        assert_eq!(settled(&mut ledger), (4, None));
+    }
+
+    #[test]
+    fn multiple_answers_all_that_wait_up_to_its_tag_and_nothing_beyond() {
+        let mut ledger = eight();
+        ack(&mut ledger, 2);
+        ack(&mut ledger, 6);
+        ledger.answer(4, true, true, WRITTEN).unwrap();
+        assert_eq!(settled(&mut ledger), (4, None));
+        ledger.answer(8, true, true, WRITTEN).unwrap();
+        assert_eq!(settled(&mut ledger), (8, None));
+        ledger.publish("9".to_owned(), 90);
+        ledger.publish("10".to_owned(), 100);
+        ledger.answer(9, true, true, 100).unwrap();
+        assert_eq!(settled(&mut ledger), (9, None));
+    }
+
+    #[test]
+    fn a_returned_message_is_refused_whatever_is_acked_between_and_with_it() {
+        for multiple in [false, true] {
+            let mut ledger = eight();
+            ledger.returned("5", unroutable(), WRITTEN).unwrap();
+            [7, 2, 1].into_iter().for_each(|tag| ack(&mut ledger, tag));
+            assert_eq!(settled(&mut ledger), (2, None));
+            if multiple {
+                ledger.answer(6, true, true, WRITTEN).unwrap();
+            } else {
+                [3, 4, 5].into_iter().for_each(|tag| ack(&mut ledger, tag));
             }
-            let mut session = Self { confirms, progress, _runs: runs };
-            session.progress().await;
-            session
+            let (count, refused) = settled(&mut ledger);
+            assert_eq!(count, 4);
+            assert!(refused.unwrap().starts_with("message 5 was refused: unroutable"));
         }
+    }
 
-        fn ack(&mut self, number: usize, returned: Option<usize>) {
-            let refusal = Refusal::Unroutable { exchange: "e".to_owned(), routing_key: "k".to_owned() };
-            let returned = returned.map(|id| Returned { id: id.to_string(), refusal });
-            self.answer(number, Outcome { verdict: Verdict::Acked, returned });
+    #[test]
+    fn a_refusal_waits_for_what_is_before_it() {
+        let mut ledger = eight();
+        ledger.answer(3, false, false, WRITTEN).unwrap();
+        ack(&mut ledger, 1);
+        assert_eq!(settled(&mut ledger), (1, None));
+        ack(&mut ledger, 2);
+        let (count, refused) = settled(&mut ledger);
+        assert_eq!(count, 2);
+        assert!(refused.unwrap().contains("message 3 was refused: nacked"));
+    }
+
+    #[test]
+    fn a_multiple_nack_refuses_all_that_wait_and_no_other() {
+        let mut ledger = eight();
+        [1, 2].into_iter().for_each(|tag| ack(&mut ledger, tag));
+        ledger.answer(4, true, false, WRITTEN).unwrap();
+        let (count, refused) = settled(&mut ledger);
+        assert_eq!(count, 2);
+        assert!(refused.unwrap().contains("message 3 was refused: nacked"));
+    }
+
+    #[test]
+    fn two_messages_of_one_id_are_returned_in_their_order() {
+        let mut ledger = Ledger::default();
+        (1..=3).for_each(|tag| ledger.publish("same".to_owned(), tag * 10));
+        ledger.returned("same", unroutable(), WRITTEN).unwrap();
+        ack(&mut ledger, 1);
+        ledger.returned("same", unroutable(), WRITTEN).unwrap();
+        [2, 3].into_iter().for_each(|tag| ack(&mut ledger, tag));
+        assert!(ledger.returned("same", unroutable(), WRITTEN).is_err());
+        assert_eq!(settled(&mut ledger).0, 0);
+    }
+
+    #[test]
+    fn what_cannot_be_true_is_told_and_settles_nothing() {
+        type Lie = fn(&mut Ledger) -> Result<(), String>;
+        let lies: [(&str, Lie); 9] = [
+            ("tag 0", |ledger| ledger.answer(0, false, true, WRITTEN)),
+            ("tag 0, multiple", |ledger| ledger.answer(0, true, true, WRITTEN)),
+            ("a tag that was settled", |ledger| ledger.answer(1, false, true, WRITTEN)),
+            ("a tag twice", |ledger| ledger.answer(3, false, true, WRITTEN)),
+            ("a tag twice, the second time with multiple", |ledger| ledger.answer(3, true, true, WRITTEN)),
+            ("a tag that nobody published", |ledger| ledger.answer(9, true, true, u64::MAX)),
+            ("a tag of which a byte is missing", |ledger| ledger.answer(2, false, true, 19)),
+            ("the return of an unknown message", |ledger| ledger.returned("99", unroutable(), WRITTEN)),
+            ("a return behind its ack", |ledger| ledger.returned("3", unroutable(), WRITTEN)),
+        ];
+        for (lie, tell) in lies {
+            let mut ledger = eight();
+            [1, 3].into_iter().for_each(|tag| ack(&mut ledger, tag));
+            assert_eq!(settled(&mut ledger), (1, None));
+            tell(&mut ledger).expect_err(lie);
+            assert_eq!(settled(&mut ledger), (1, None), "{lie}");
         }
+        let mut ledger = eight();
+        ledger.returned("8", unroutable(), 79).expect_err("a return of what is not written");
+    }
 
-        fn answer(&mut self, number: usize, outcome: Outcome) {
-            self.confirms[number].take().unwrap().send(outcome).unwrap();
-        }
-
-        /// Lets the ledger work through what is ready; how far it is, and what it says of the end.
-        async fn progress(&mut self) -> (u64, Option<String>) {
-            for _ in 0..10 {
-                tokio::task::yield_now().await;
+    /// Against a slow and obvious model: for each message, its answers as they came.
+    #[test]
+    fn any_legal_order_of_answers_settles_exactly_the_held_prefix() {
+        for seed in 0..2000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let count = random.u64(1..40);
+            let mut ledger = Ledger::default();
+            (1..=count).for_each(|tag| ledger.publish(tag.to_string(), tag));
+            let mut model: Vec<Option<bool>> = vec![None; usize::try_from(count).unwrap()];
+            let mut returned = vec![false; model.len()];
+            loop {
+                let waiting: Vec<usize> = (0..model.len()).filter(|index| model[*index].is_none()).collect();
+                let Some(index) = random.choice(&waiting).copied() else { break };
+                let (multiple, is_ack) = (random.bool(), random.u8(..) < 250);
+                if random.u8(..) < 10 && !returned[index] {
+                    returned[index] = true;
+                    ledger.returned(&(index + 1).to_string(), unroutable(), count).unwrap();
+                    continue;
+                }
+                for index in if multiple { 0..=index } else { index..=index } {
+                    model[index].get_or_insert(is_ack && !returned[index]);
+                }
+                ledger.answer(index as u64 + 1, multiple, is_ack, count).unwrap();
+                let refused = ledger.settle().is_err();
+                let held = model.iter().take_while(|state| **state == Some(true)).count();
+                assert_eq!(ledger.settled(), held as u64, "seed {seed}");
+                let front = model.get(held).copied().flatten() == Some(false) || returned.get(held) == Some(&true);
+                assert_eq!(refused, front, "seed {seed}");
+                if refused {
+                    break;
+                }
             }
-            let progress = self.progress.borrow();
-            (progress.settled, progress.failure.as_ref().map(ToString::to_string))
         }
-    }
-
-    #[tokio::test]
-    async fn confirms_out_of_order_settle_in_order() {
-        let mut session = Session::start().await;
-        for number in [3, 1, 2] {
-            session.ack(number, None);
-        }
-        assert_eq!(session.progress().await, (0, None));
-        session.ack(0, None);
-        assert_eq!(session.progress().await, (4, None));
-        receipt(session.progress.clone(), 4).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_return_that_came_with_anothers_confirm_refuses_its_own_message() {
-        // The return of 5 comes with the confirm of an earlier message, of a later one, and with its own.
-        for carrier in [1, 7, 5] {
-            let mut session = Session::start().await;
-            session.ack(carrier, Some(5));
-            for number in (0..8).filter(|number| *number != carrier) {
-                session.ack(number, None);
-            }
-            let (settled, failure) = session.progress().await;
-            assert_eq!(settled, 5, "carried by {carrier}");
-            assert!(failure.unwrap().starts_with("message 5 was refused: unroutable"), "carried by {carrier}");
-            receipt(session.progress.clone(), 5).await.unwrap();
-            assert!(receipt(session.progress.clone(), 6).await.is_err());
-        }
-    }
-
-    /// The broker answers while the run is still being queued: the third message's confirm carries the first one's return,
-    /// completes before it, and stands behind it in the order of polling.
-    #[tokio::test]
-    async fn all_that_is_ready_is_looked_at_before_anything_is_told() {
-        let (sender, mut progress) = watch::channel(Progress::default());
-        let (runs, incoming) = mpsc::unbounded_channel();
-        let (mut confirms, mut receivers): (Vec<_>, Vec<_>) = (0..3).map(|_| oneshot::channel()).unzip();
-        let answer = |confirm: oneshot::Sender<Outcome>, returned| {
-            confirm.send(Outcome { verdict: Verdict::Acked, returned }).unwrap();
-        };
-        let refusal = Refusal::Unroutable { exchange: "e".to_owned(), routing_key: "k".to_owned() };
-        let (third, _second, first) = (confirms.pop().unwrap(), confirms.pop().unwrap(), confirms.pop().unwrap());
-        let last = async move {
-            answer(third, Some(Returned { id: "0".to_owned(), refusal }));
-            answer(first, None);
-            std::future::pending().await
-        };
-        let mut run: Vec<Publish> = Vec::new();
-        for (number, receiver) in receivers.drain(..).enumerate() {
-            let confirmed = receiver.map(|outcome| outcome.unwrap_or_else(|_| unreachable!("answered or pending")));
-            run.push(Publish { id: number.to_string(), publish: Box::pin(confirmed) });
-        }
-        run.push(Publish { id: "last".to_owned(), publish: Box::pin(last) });
-        runs.send(run).unwrap_or_else(|_| unreachable!("the ledger receives"));
-        tokio::spawn(Ledger::new(sender).keep(incoming));
-        let told = progress.wait_for(|progress| progress.settled > 0 || progress.failure.is_some()).await.unwrap();
-        assert_eq!(told.settled, 0);
-        assert!(told.failure.as_ref().unwrap().to_string().contains("message 0 was refused"));
-    }
-
-    #[tokio::test]
-    async fn a_refusal_waits_for_what_is_before_it() {
-        let mut session = Session::start().await;
-        session.answer(2, Outcome { verdict: Verdict::Nacked, returned: None });
-        session.ack(0, None);
-        assert_eq!(session.progress().await, (1, None));
-        session.ack(1, None);
-        let (settled, failure) = session.progress().await;
-        assert_eq!(settled, 2);
-        assert!(failure.unwrap().contains("message 2 was refused: nacked"));
-    }
-
-    #[tokio::test]
-    async fn a_broken_session_settles_nothing_more() {
-        let mut session = Session::start().await;
-        session.ack(0, None);
-        session.answer(1, Outcome { verdict: Verdict::Failed(gone()), returned: None });
-        assert_eq!(session.progress().await.0, 1);
-        assert!(receipt(session.progress.clone(), 2).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn a_return_of_an_unknown_message_ends_the_session() {
-        let mut session = Session::start().await;
-        session.ack(0, Some(99));
-        assert!(session.progress().await.1.unwrap().contains("not in flight"));
     }
 }
