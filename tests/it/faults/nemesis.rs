@@ -51,7 +51,7 @@ fn other_side(round: &mut Round) -> Option<(Side, Toxics)> {
 
 async fn fault(round: &mut Round, number: u8, long: Duration) {
     let hole = Toxics {
-        black_hole_up: long.subsec_millis() % 3 != 0,
+        black_hole_up: !long.subsec_millis().is_multiple_of(3),
         black_hole_down: long.subsec_millis() % 3 != 1,
         ..Toxics::default()
     };
