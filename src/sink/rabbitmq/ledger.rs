@@ -78,6 +78,8 @@ pub(super) struct Ledger {
     /// Messages before the first of `states`.
     settled: u64,
     failure: Option<Error>,
+    /// The broker said what cannot be: whatever came with it is not believed.
+    is_doubtful: bool,
     progress: watch::Sender<Progress>,
 }
 
@@ -91,7 +93,7 @@ enum State {
 
 impl Ledger {
     pub(super) fn new(progress: watch::Sender<Progress>) -> Self {
-        Self { states: VecDeque::new(), settled: 0, failure: None, progress }
+        Self { states: VecDeque::new(), settled: 0, failure: None, is_doubtful: false, progress }
     }
 
     /// Publishes runs and keeps account of them until the session ends or fails.
@@ -142,7 +144,7 @@ impl Ledger {
             // A return that came with another's confirm stands: the ack that follows it does not mean held.
             Some((_, pending @ State::Pending)) => *pending = state,
             Some(_) => {}
-            None => self.fail(Error::Broken(format!("a confirm for message {number}, which is not in flight"))),
+            None => self.doubt(format!("a confirm for message {number}, which is not in flight")),
         }
     }
 
@@ -151,14 +153,19 @@ impl Ledger {
         // Two rows may share an id; the first one is taken, and everything after it is published again anyway.
         match self.states.iter_mut().find(|(id, state)| *id == returned.id && not_refused(state)) {
             Some((_, state)) => *state = State::Refused(returned.refusal),
-            None => self.fail(Error::Broken(format!("message {:?} was returned and is not in flight", returned.id))),
+            None => self.doubt(format!("message {:?} was returned and is not in flight", returned.id)),
         }
+    }
+
+    fn doubt(&mut self, problem: String) {
+        self.is_doubtful = true;
+        self.fail(Error::Broken(problem));
     }
 
     /// Tells how far everything is held. A refused message ends the session when all before it are held, so that
     /// publishing again begins with exactly that message.
     fn tell(&mut self) {
-        while let Some((id, state)) = self.states.front() {
+        while let Some((id, state)) = self.states.front().filter(|_| !self.is_doubtful) {
             match state {
                 State::Pending => break,
                 State::Held => {
@@ -321,6 +328,8 @@ mod tests {
     async fn a_return_of_an_unknown_message_ends_the_session() {
         let mut session = Session::start().await;
         session.ack(0, Some(99));
-        assert!(session.progress().await.1.unwrap().contains("not in flight"));
+        let (settled, failure) = session.progress().await;
+        assert_eq!(settled, 0, "what came with it is not believed either");
+        assert!(failure.unwrap().contains("not in flight"));
     }
 }

@@ -39,6 +39,10 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Half of what `amqp://` URIs usually ask for: a broker that is gone is noticed after two silent intervals.
 const HEARTBEAT_SECONDS: u16 = 10;
 
+/// RabbitMQ's own default. A broker may propose 0, no limit, or anything up to 4 GiB, and lapin reserves 32 frames at once:
+/// the process would be gone for want of memory.
+const FRAME_BYTES_MAX: u32 = 131_072;
+
 /// `max_message_size`'s default since RabbitMQ 4.0 (3.x: 128 MiB). lapin does not tell the server's version.
 pub const MESSAGE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
@@ -104,6 +108,8 @@ impl RabbitMq {
     async fn open_at(uri: &AMQPUri, settings: &Settings, metrics: &Arc<Metrics>) -> Result<Self, Error> {
         let mut uri = uri.clone();
         uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
+        let chosen = uri.query.frame_max.filter(|bytes| *bytes > 0);
+        uri.query.frame_max = Some(chosen.map_or(FRAME_BYTES_MAX, |bytes| bytes.min(FRAME_BYTES_MAX)));
         let properties = ConnectionProperties::default().with_connection_name("pgoutbox".into());
         let (connection, leash) = connect(&uri, properties).await?;
         let blocked = tokio::spawn(watch_blocked(connection.events_listener(), metrics.clone()));
