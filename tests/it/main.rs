@@ -9,6 +9,7 @@ mod feedback;
 mod memory;
 mod outages;
 mod rows;
+mod scripted;
 mod servers;
 mod simulation;
 mod sink;
