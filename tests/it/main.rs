@@ -6,6 +6,7 @@ mod crashes;
 mod delivery;
 mod demo;
 mod feedback;
+mod fuzz;
 mod memory;
 mod outages;
 mod rows;
