@@ -172,13 +172,13 @@ case!(a_good_server_in_single_bytes_is_believed, async {
 
 case!(an_absurd_length_is_refused_before_it_costs_memory, async {
     for length in [0, 3, 0x4000_0000, 0x7fff_ffff, 0x8000_0000, u32::MAX] {
-        let case = instead_of_a_stream(move |_| [&[b'd'], &length.to_be_bytes()[..], &[b'w'; 100]].concat()).await;
+        let case = instead_of_a_stream(move |_| [b"d", &length.to_be_bytes()[..], &[b'w'; 100]].concat()).await;
         case.recovers(&["unexpected bytes from Postgres", "a message of"], 0, 0).await;
     }
 });
 
 case!(a_great_length_whose_bytes_never_come_costs_no_memory, async {
-    let script = |_: World, wire: &mut Wire| wire.raw(&[&[b'd'], &0x3fff_ffffu32.to_be_bytes()[..], b"w"].concat());
+    let script = |_: World, wire: &mut Wire| wire.raw(&[b"d", &0x3fff_ffffu32.to_be_bytes()[..], b"w"].concat());
     Case::start(1, From::Stream, script).await.recovers(&["closed the connection"], 0, 0).await;
 });
 
@@ -235,8 +235,11 @@ case!(an_error_without_fields_or_an_end_is_an_error, async {
 
 // pgoutput.
 
+/// What the log says of it, and the messages.
+type Wrong = (&'static str, fn(World) -> Vec<Vec<u8>>);
+
 case!(a_change_that_is_not_pgoutput_is_refused, async {
-    let wrong: [(&str, fn(World) -> Vec<Vec<u8>>); 10] = [
+    let wrong: [Wrong; 10] = [
         ("unknown kind 0x7e", |_| vec![b"~~~".to_vec()]),
         ("unknown kind 0x53", |_| vec![b"S\0\0\0\x09\x01".to_vec()]),
         ("`B` ends too early", |world| vec![begin(world.end + 100)[..9].to_vec()]),
@@ -273,7 +276,7 @@ case!(a_change_that_is_not_pgoutput_is_refused, async {
 });
 
 case!(messages_out_of_order_are_refused, async {
-    let wrong: [(&str, fn(World) -> Vec<Vec<u8>>); 8] = [
+    let wrong: [Wrong; 8] = [
         ("COMMIT outside a transaction", |world| vec![commit(world.end + 100, world.end + 148)]),
         ("INSERT outside a transaction", |world| vec![world.relation(), world.row()]),
         ("BEGIN inside the transaction", |world| vec![begin(world.end + 100), begin(world.end + 200)]),
