@@ -1,6 +1,6 @@
 # Plain cargo underneath; the scripts only see to it that the servers are there.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -22,6 +22,10 @@ check: ## format, lints, documentation, house rules; no servers
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 	cargo test --test it tidy
 
+fuzz: ## every decoder under cargo-fuzz, FUZZ_SECONDS (60) each; installs nightly and cargo-fuzz
+	@scripts/install-servers --compiler-only
+	@scripts/fuzz
+
 clean: ## remove what was built and unpacked
 	cargo clean
-	rm -rf target/servers
+	rm -rf target/servers fuzz/target fuzz/artifacts

@@ -51,7 +51,7 @@ pub(super) async fn run(config: &Config) -> Result<(), Error> {
         };
         let item = match event {
             Event::Data(bytes) => assembler.change(bytes).map_err(relay::Error::from)?,
-            Event::Keepalive { wal_end, .. } => assembler.keepalive(wal_end),
+            Event::Keepalive { wal_end, .. } => assembler.keepalive(wal_end).map_err(relay::Error::from)?,
         };
         match item {
             Some(Item::Checkpoint(lsn)) => position = lsn,

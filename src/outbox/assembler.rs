@@ -14,6 +14,10 @@ use super::{Error, Item, Position};
 use crate::lsn::Lsn;
 use crate::pg::pgoutput::{self, Insert, Message as Change, Relation};
 
+/// One pebibyte: nobody writes so much log between two positions of one stream, so one beyond it is garbage. Postgres itself
+/// takes any position it is told, and never sends again what lies below it.
+const LOG_BYTES_MAX: u64 = 1 << 50;
+
 /// Which OIDs are the outbox and which are known not to be, by the catalog.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tables {
@@ -32,6 +36,7 @@ pub struct Assembler {
     tables: Tables,
     relations: HashMap<u32, Known>,
     open: Option<Open>,
+    start: Lsn,
     /// The last position handed out as a checkpoint, or begun with: nothing at or below it may come again.
     reached: Lsn,
 }
@@ -55,7 +60,14 @@ struct Open {
 impl Assembler {
     /// Begins at a transaction boundary, where every stream begins.
     pub fn new(mapping: Mapping, tables: Tables) -> Self {
-        Self { mapping, tables, relations: HashMap::new(), open: None, reached: Lsn::ZERO }
+        let start = Lsn::ZERO;
+        Self { mapping, tables, relations: HashMap::new(), open: None, start, reached: Lsn::ZERO }
+    }
+
+    /// For a stream that was asked to begin here: without it the first position of all is believed.
+    #[must_use]
+    pub fn beginning_at(self, start: Lsn) -> Self {
+        Self { start, ..self }
     }
 
     /// Whether a transaction has begun and not ended.
@@ -76,6 +88,7 @@ impl Assembler {
         match pgoutput::decode(bytes)? {
             Change::Begin(begin) => {
                 self.closed("BEGIN")?;
+                self.possible(begin.final_lsn)?;
                 if begin.final_lsn < self.reached {
                     return Err(Error::Order(format!(
                         "a transaction at {} after position {}",
@@ -93,6 +106,7 @@ impl Assembler {
                         commit.commit_lsn, commit.end_lsn, open.commit_lsn
                     )));
                 }
+                self.possible(commit.end_lsn)?;
                 self.open = None;
                 self.reached = commit.end_lsn;
                 Ok(Some(Item::Checkpoint(commit.end_lsn)))
@@ -106,12 +120,24 @@ impl Assembler {
     }
 
     /// Takes a keepalive. Outside a transaction everything up to its `wal_end` is in the stream before it.
-    pub fn keepalive(&mut self, wal_end: Lsn) -> Option<Item> {
+    ///
+    /// # Errors
+    /// `Order` for a position that no server can stand at.
+    pub fn keepalive(&mut self, wal_end: Lsn) -> Result<Option<Item>, Error> {
         if self.in_transaction() || wal_end <= self.reached {
-            return None;
+            return Ok(None);
         }
+        self.possible(wal_end)?;
         self.reached = wal_end;
-        Some(Item::Checkpoint(wal_end))
+        Ok(Some(Item::Checkpoint(wal_end)))
+    }
+
+    fn possible(&self, lsn: Lsn) -> Result<(), Error> {
+        let from = self.reached.max(self.start);
+        if from == Lsn::ZERO || lsn.bytes_since(from) <= LOG_BYTES_MAX {
+            return Ok(());
+        }
+        Err(Error::Order(format!("position {lsn} after {from}: no server can have written so much")))
     }
 
     fn relation(&mut self, relation: Relation) -> Result<(), Error> {
@@ -247,13 +273,26 @@ mod tests {
     #[test]
     fn a_keepalive_inside_a_transaction_is_nothing() {
         let mut assembler = assembler();
-        assert_eq!(assembler.keepalive(Lsn::new(90)), Some(Item::Checkpoint(Lsn::new(90))));
+        assert_eq!(assembler.keepalive(Lsn::new(90)).unwrap(), Some(Item::Checkpoint(Lsn::new(90))));
         assembler.change(begin(100)).unwrap();
-        assert_eq!(assembler.keepalive(Lsn::new(100)), None);
+        assert_eq!(assembler.keepalive(Lsn::new(100)).unwrap(), None);
         assembler.change(commit(100, 148)).unwrap();
-        assert_eq!(assembler.keepalive(Lsn::new(148)), None, "nothing new");
-        assert_eq!(assembler.keepalive(Lsn::new(120)), None, "never back");
-        assert_eq!(assembler.keepalive(Lsn::new(200)), Some(Item::Checkpoint(Lsn::new(200))));
+        assert_eq!(assembler.keepalive(Lsn::new(148)).unwrap(), None, "nothing new");
+        assert_eq!(assembler.keepalive(Lsn::new(120)).unwrap(), None, "never back");
+        assert_eq!(assembler.keepalive(Lsn::new(200)).unwrap(), Some(Item::Checkpoint(Lsn::new(200))));
+    }
+
+    #[test]
+    fn a_position_that_no_server_can_stand_at_becomes_no_checkpoint() {
+        let start = Lsn::new(1 << 40);
+        let mut assembler = assembler().beginning_at(start);
+        assert!(assembler.keepalive(Lsn::new(u64::MAX)).is_err());
+        assert!(assembler.change(begin(1 << 51)).is_err());
+        assembler.change(begin(1 << 41)).unwrap();
+        assert!(assembler.change(commit(1 << 41, u64::MAX)).is_err());
+        assembler.change(commit(1 << 41, (1 << 41) + 48)).unwrap();
+        // A quiet night on a busy server is no reason.
+        assert!(assembler.keepalive(Lsn::new(1 << 49)).unwrap().is_some());
     }
 
     #[test]

@@ -92,7 +92,7 @@ impl Connection {
     /// `Closed` when the server closed, also in the middle of a frame; `Protocol` for an impossible length.
     pub async fn read(&mut self) -> Result<Frame, Error> {
         loop {
-            if let Some(frame) = self.buffered()? {
+            if let Some(frame) = take_frame(&mut self.incoming)? {
                 return Ok(frame);
             }
             self.incoming.reserve(READ_BYTES);
@@ -100,22 +100,6 @@ impl Connection {
                 return Err(Error::Closed);
             }
         }
-    }
-
-    /// A frame that has arrived whole already, if there is one.
-    fn buffered(&mut self) -> Result<Option<Frame>, Error> {
-        let Some((&tag, length)) = self.incoming.split_first() else { return Ok(None) };
-        let Some(length) = length.first_chunk::<4>() else { return Ok(None) };
-        let length = u32::from_be_bytes(*length) as usize;
-        if !(4..=FRAME_BYTES_MAX).contains(&length) {
-            return Err(Error::Protocol(format!("a message of {length} bytes")));
-        }
-        if self.incoming.len() < 1 + length {
-            return Ok(None);
-        }
-        let mut body = self.incoming.split_to(1 + length).freeze();
-        body.advance(5);
-        Ok(Some(Frame { tag, body }))
     }
 
     /// Puts a frame into the outgoing buffer; `flush` sends it.
@@ -243,6 +227,25 @@ impl Connection {
             }
         }
     }
+}
+
+/// Takes a frame that has arrived whole already, if there is one.
+///
+/// # Errors
+/// `Protocol` for an impossible length, as soon as the length is there.
+pub fn take_frame(incoming: &mut BytesMut) -> Result<Option<Frame>, Error> {
+    let Some((&tag, length)) = incoming.split_first() else { return Ok(None) };
+    let Some(length) = length.first_chunk::<4>() else { return Ok(None) };
+    let length = u32::from_be_bytes(*length) as usize;
+    if !(4..=FRAME_BYTES_MAX).contains(&length) {
+        return Err(Error::Protocol(format!("a message of {length} bytes")));
+    }
+    if incoming.len() < 1 + length {
+        return Ok(None);
+    }
+    let mut body = incoming.split_to(1 + length).freeze();
+    body.advance(5);
+    Ok(Some(Frame { tag, body }))
 }
 
 fn unexpected(tag: u8, during: &str) -> Error {

@@ -193,7 +193,11 @@ impl Stream {
     }
 }
 
-fn event(frame: Frame) -> Result<Option<Event>, Error> {
+/// What a frame of a stream says; `None` for what says nothing about the stream.
+///
+/// # Errors
+/// See [`Stream::next`].
+pub fn event(frame: Frame) -> Result<Option<Event>, Error> {
     match frame.tag {
         b'd' => copy_data(frame.body).map(Some),
         b'N' => notice(frame.body).map(|()| None),

@@ -219,7 +219,7 @@ impl<S: Source> Reader<'_, S> {
             },
             Event::Keepalive { wal_end, reply_requested } => {
                 self.feedback.reply_requested |= reply_requested;
-                self.assembler.keepalive(wal_end)
+                self.assembler.keepalive(wal_end)?
             }
         };
         if let Some(Item::Checkpoint(lsn)) = &item {

@@ -106,7 +106,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let lease = Lease::new(opened.silence_max);
     let mut reader = Reader {
         source: opened.source,
-        assembler: Assembler::new(mapping.clone(), opened.tables),
+        assembler: Assembler::new(mapping.clone(), opened.tables).beginning_at(opened.start),
         settled: settled_out,
         progress,
         before,

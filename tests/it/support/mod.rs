@@ -92,7 +92,12 @@ pub(crate) const TABLE: &str = include_str!("../../../sql/table.sql");
 impl Outbox {
     /// Database, table, publication and slot, made by hand: `init` has tests of its own.
     pub(crate) async fn create(postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
-        let outbox = Self::empty(postgres, rabbitmq).await;
+        Self::create_for(postgres, rabbitmq.url()).await
+    }
+
+    /// For a broker at this URL.
+    pub(crate) async fn create_for(postgres: &Postgres, amqp: String) -> Self {
+        let outbox = Self::empty_for(postgres, amqp).await;
         outbox.sql(&TABLE.replace("{table}", "public.outbox")).await;
         outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
         outbox.create_slot().await;
@@ -101,10 +106,14 @@ impl Outbox {
 
     /// A database with nothing in it.
     pub(crate) async fn empty(postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
+        Self::empty_for(postgres, rabbitmq.url()).await
+    }
+
+    async fn empty_for(postgres: &Postgres, amqp: String) -> Self {
         let name = unique("t");
         connect(&postgres.url()).await.batch_execute(&format!("create database {name}")).await.unwrap();
         let url = postgres.url_for("postgres", None, &name);
-        Self { client: connect(&url).await, url, amqp: rabbitmq.url(), name }
+        Self { client: connect(&url).await, url, amqp, name }
     }
 
     pub(crate) async fn create_slot(&self) {
