@@ -5,7 +5,7 @@
 //! `CLOCK_MONOTONIC` stands still while the machine sleeps, so `CLOCK_BOOTTIME` is asked as well. And what wakes first must
 //! not hide the gap from the rest: whoever sees it ends the session.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
@@ -20,13 +20,20 @@ pub(super) struct Lease {
     /// Nanoseconds since it began.
     ran: AtomicU64,
     heard: AtomicU64,
+    is_over: AtomicBool,
 }
 
 impl Lease {
     /// Of a stream that may be silent for so long.
     pub(super) fn new(silence_max: Duration) -> Self {
         let began = (Instant::now(), since_boot());
-        Self { limit: silence_max / 2, began, ran: AtomicU64::new(0), heard: AtomicU64::new(0) }
+        Self {
+            limit: silence_max / 2,
+            began,
+            ran: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            is_over: AtomicBool::new(false),
+        }
     }
 
     /// Something came from Postgres.
@@ -37,6 +44,16 @@ impl Lease {
     /// Whether Postgres was heard lately.
     pub(super) fn is_fresh(&self) -> bool {
         self.now() - self.heard.load(Ordering::Relaxed).min(self.now()) <= nanos(self.limit)
+    }
+
+    /// The stream is gone.
+    pub(super) fn end(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the stream is gone: what was not published yet is for the next session.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Relaxed)
     }
 
     /// The process runs.

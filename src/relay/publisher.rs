@@ -159,7 +159,8 @@ impl<K: Sink> Publisher<'_, K> {
                 held = self.gather(&mut run);
             }
             match self.publish(run).await {
-                Ok(()) => {}
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
                 Err(Error::Sink(error)) if error.retry() == Retry::Never => return Ok(Some(error.into())),
                 Err(error) => return Err(error),
             }
@@ -184,11 +185,14 @@ impl<K: Sink> Publisher<'_, K> {
         None
     }
 
-    async fn publish(&mut self, run: Run) -> Result<(), Error> {
+    /// `false`: not any more, the stream is gone.
+    async fn publish(&mut self, run: Run) -> Result<bool, Error> {
         let count = run.messages.len();
         let alone = run.messages.first().filter(|_| self.caution.is_on()).map(|message| message.id.clone());
         let receipt = if count > 0 {
-            self.may_publish().await?;
+            if !self.may_publish().await? {
+                return Ok(false);
+            }
             Some(self.sink.publish(run.messages).await?)
         } else {
             None
@@ -215,18 +219,18 @@ impl<K: Sink> Publisher<'_, K> {
                 tracing::info!(id, "the broker takes what it had refused; going on");
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Waits until Postgres was heard lately, where the channel was full for long; the reader ends the session if it never is.
-    async fn may_publish(&self) -> Result<(), Error> {
+    async fn may_publish(&self) -> Result<bool, Error> {
         const LOOK_AGAIN: Duration = Duration::from_millis(20);
         self.lease.beat()?;
-        while !self.lease.is_fresh() {
+        while !self.lease.is_over() && !self.lease.is_fresh() {
             sleep(LOOK_AGAIN).await;
             self.lease.beat()?;
         }
-        Ok(())
+        Ok(!self.lease.is_over())
     }
 
     /// With messages in flight their confirms are the proof; while blocked a proof is impossible and known to be.

@@ -26,7 +26,7 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 const CHANNEL_BYTES: usize = 2 * 1024 * 1024;
 
 /// When the stream breaks, what is in flight is given so long to settle: a broker that answers takes less.
-const SETTLE_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
 /// An item in the channel, holding its share of the channel's bytes until the publisher takes it.
 pub(super) struct Read {
@@ -36,7 +36,10 @@ pub(super) struct Read {
 
 /// The first station.
 pub(super) struct Reader<'a, S> {
-    pub(super) source: S,
+    /// `None`: let go.
+    pub(super) source: Option<S>,
+    /// Becomes true when a stopping server waits for us to let go.
+    pub(super) release: watch::Receiver<bool>,
     pub(super) assembler: Assembler,
     pub(super) settled: watch::Receiver<Lsn>,
     pub(super) progress: &'a Mutex<Progress>,
@@ -90,8 +93,10 @@ impl<S: Source> Reader<'_, S> {
     ) -> Result<Option<Error>, Error> {
         let reason = match self.read(&items, stop).await {
             Err(Error::Postgres(error)) => {
-                drop(items);
                 // Nothing can be told any more, but what settles now is not published again.
+                self.lease.end();
+                self.source = None;
+                drop(items);
                 let _ = timeout(SETTLE_WITHIN, self.settle()).await;
                 return Err(error.into());
             }
@@ -113,7 +118,10 @@ impl<S: Source> Reader<'_, S> {
     pub(super) async fn finish(mut self) -> Result<(), Error> {
         let status = self.status(false);
         self.note(status);
-        Ok(self.source.finish(status).await?)
+        match self.source {
+            Some(source) => Ok(source.finish(status).await?),
+            None => Ok(()),
+        }
     }
 
     async fn read(
@@ -135,7 +143,7 @@ impl<S: Source> Reader<'_, S> {
             if timer.deadline() != due {
                 timer.as_mut().reset(due);
             }
-            // Biased: the timer first, so that a busy stream cannot starve it; then the stop; then progress, which only
+            // Biased: the timer first, so that a busy stream cannot starve it; then stop and release; then progress, which only
             // moves the timer; then either the item that waits for room or, with none waiting, the next event. All are
             // cancel-safe.
             tokio::select! {
@@ -145,6 +153,9 @@ impl<S: Source> Reader<'_, S> {
                     self.tell(pending.is_some()).await?;
                 }
                 () = stopped(stop), if !is_stopping => is_stopping = true,
+                () = stopped(&mut self.release) => {
+                    return Err(crate::pg::Error::NotNow("let go of a stopping server".to_owned()).into());
+                }
                 changed = self.settled.changed(), if settled <= self.feedback.told => {
                     if changed.is_err() {
                         return Ok(None);
@@ -159,7 +170,7 @@ impl<S: Source> Reader<'_, S> {
                     self.feedback.heard = Instant::now();
                     self.feedback.ask |= !self.lease.is_fresh();
                 }
-                event = self.source.next(), if pending.is_none() => {
+                event = next(self.source.as_mut()), if pending.is_none() => {
                     self.hear()?;
                     match self.item(event?).await {
                         Ok(item) => pending = item,
@@ -197,7 +208,8 @@ impl<S: Source> Reader<'_, S> {
                     self.tell(true).await?;
                 }
                 changed = self.settled.changed() => if changed.is_err() { return Ok(()) },
-                event = self.source.next(), if is_heard && !self.lease.is_fresh() => {
+                () = stopped(&mut self.release), if self.source.is_some() => self.source = None,
+                event = next(self.source.as_mut()), if is_heard && !self.lease.is_fresh() => {
                     is_heard = event.is_ok();
                     if is_heard {
                         self.hear()?;
@@ -212,7 +224,9 @@ impl<S: Source> Reader<'_, S> {
             Event::Data(bytes) => match self.assembler.change(bytes.clone()) {
                 Err(outbox::Error::UnknownTable { .. }) => {
                     // A partition that came after the stream began, or a table that is gone: the catalog knows.
-                    self.assembler.set_tables(self.source.tables().await?);
+                    if let Some(source) = &mut self.source {
+                        self.assembler.set_tables(source.tables().await?);
+                    }
                     self.assembler.change(bytes)?
                 }
                 item => item?,
@@ -242,8 +256,10 @@ impl<S: Source> Reader<'_, S> {
         self.metrics.heard(heard, self.silence_max);
         let status = self.status(self.feedback.ask || !is_full && silent >= self.silence_max / 4);
         self.note(status);
-        self.source.tell(status).await?;
-        Ok(())
+        match &mut self.source {
+            Some(source) => Ok(source.tell(status).await?),
+            None => Ok(()),
+        }
     }
 
     fn status(&mut self, reply_requested: bool) -> Status {
@@ -277,6 +293,14 @@ async fn send<'a>(
         _ => None,
     };
     Some((items.reserve().await.ok()?, share))
+}
+
+/// The next event; never, when the stream was let go. Cancel-safe.
+async fn next<S: Source>(source: Option<&mut S>) -> Result<Event, crate::pg::Error> {
+    match source {
+        Some(source) => source.next().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// A position as a metric.

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 use super::lease::Lease;
 use super::progress::Caution;
 use super::publisher::{Publisher, Window};
-use super::reader::{Feedback, Reader};
+use super::reader::{Feedback, Reader, SETTLE_WITHIN};
 use super::settler::Settler;
 use super::{Broker, Database, Error, Opened, Progress, Settings, Watch, stopped};
 use crate::metrics::Metrics;
@@ -103,9 +103,11 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(CHANNEL_ITEMS));
     let (settled_in, settled_out) = watch::channel(opened.start);
     let (halt, mut halted) = watch::channel(false);
+    let (release, released) = watch::channel(false);
     let lease = Lease::new(opened.silence_max);
     let mut reader = Reader {
-        source: opened.source,
+        source: Some(opened.source),
+        release: released,
         assembler: Assembler::new(mapping.clone(), opened.tables).beginning_at(opened.start),
         settled: settled_out,
         progress,
@@ -125,7 +127,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
             tokio::try_join!(reader.run(items_in, &mut halted), publisher.run(), settler.run())?;
         read.or(published).map_or(Ok(()), Err)
     };
-    let result = end(stations, opened.watch, &halt, settings, stop).await;
+    let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;
     let result = match result {
         Ok(()) => reader.finish().await,
         // The stream is broken, or the server waits for us to let go, or it is not ours any more.
@@ -150,7 +152,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
 async fn end(
     stations: impl Future<Output = Result<(), Error>>,
     watch: Watch,
-    halt: &watch::Sender<bool>,
+    (halt, release): (&watch::Sender<bool>, &watch::Sender<bool>),
     settings: &Settings,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<(), Error> {
@@ -172,7 +174,10 @@ async fn end(
                 halt.send_replace(true);
             }
             // However the stations end now, the reason is what was seen here.
-            let _ = timeout(SERVER_STOP_GRACE, stations).await;
+            if timeout(SERVER_STOP_GRACE, &mut stations).await.is_err() && error.retry() == Retry::Later {
+                release.send_replace(true);
+                let _ = timeout(SETTLE_WITHIN, stations).await;
+            }
             Err(error.into())
         }
     }

@@ -189,8 +189,8 @@ impl Round {
         if cpu > long / 20 {
             self.complaints.push(format!("{cpu:?} of CPU while waiting {long:?}"));
         }
-        // A session knocks at most twice at Postgres: control and stream.
-        if rabbitmq > long.as_secs() + 1 || postgres > 2 * (long.as_secs() + 1) {
+        // A session knocks at most three times at Postgres: control, stream, and to see what was told.
+        if rabbitmq > long.as_secs() + 1 || postgres > 3 * (long.as_secs() + 1) {
             self.complaints.push(format!("{postgres} and {rabbitmq} connections while waiting {long:?}"));
         }
     }
@@ -243,6 +243,14 @@ impl Round {
         outcome.peak_kib = self.peak_kib;
         outcome.complaints.append(&mut self.complaints);
         outcome.log = std::mem::take(&mut self.logs);
+        if !outcome.complaints.is_empty() {
+            let log = self.site.rabbitmq.log();
+            let last: Vec<&str> = log.lines().rev().take(60).collect();
+            outcome.log += &format!(
+                "--- the broker's log, last lines\n{}\n",
+                last.into_iter().rev().collect::<Vec<_>>().join("\n")
+            );
+        }
         self.clear().await;
         (outcome, self.site)
     }

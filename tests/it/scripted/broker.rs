@@ -100,7 +100,11 @@ impl Case {
         self.outbox.wait_confirmed(last).await;
         self.relay.ready().await;
         assert!(!self.relay.log().contains(SECRET), "{}", self.relay.log());
-        assert!(self.relay.peak_memory_kib().unwrap() < MEMORY_KIB_MAX, "{} KiB", self.relay.peak_memory_kib().unwrap());
+        assert!(
+            self.relay.peak_memory_kib().unwrap() < MEMORY_KIB_MAX,
+            "{} KiB",
+            self.relay.peak_memory_kib().unwrap()
+        );
         assert_eq!(self.relay.stop(), 0);
     }
 }

@@ -101,7 +101,11 @@ impl Case {
         assert!(ids.len() <= scripted && ids.iter().all(|id| id == "scripted"), "{ids:?}");
         self.told_nothing_beyond(self.world.end + told);
         assert_eq!(self.postgres.streams(), self.hostile + 1, "{}", self.relay.log());
-        assert!(self.relay.peak_memory_kib().unwrap() < MEMORY_KIB_MAX, "{} KiB", self.relay.peak_memory_kib().unwrap());
+        assert!(
+            self.relay.peak_memory_kib().unwrap() < MEMORY_KIB_MAX,
+            "{} KiB",
+            self.relay.peak_memory_kib().unwrap()
+        );
         let last = self.outbox.current().await;
         self.outbox.wait_confirmed(last).await;
         assert_eq!(self.relay.stop(), 0);
