@@ -154,20 +154,26 @@ impl Settings {
             return Ok(Password { text: text.clone(), origin: "postgres.url".to_owned() });
         }
         let address = host.address.map(|address| address.to_string()).unwrap_or_default();
-        let is_default_socket = SOCKET_DIRECTORIES.contains(&host.name.as_str());
-        // As libpq: a socket in the default directory goes by the name of localhost.
-        let name = if is_default_socket { "localhost" } else { &host.name };
-        let name = if name.is_empty() { &address } else { name };
+        // As libpq: a socket in the default directory goes by the name of localhost; so does, whatever the manual says, an
+        // address without a name, which the manual lets go by itself.
+        let names = match host.name.as_str() {
+            "" => [address.as_str(), "localhost"],
+            name if SOCKET_DIRECTORIES.contains(&name) => ["localhost", "localhost"],
+            name => [name, name],
+        };
         let (port, database, user) = (host.port, self.database.as_str(), self.user.as_str());
-        let wanted = Wanted { host: name, port, database, user };
+        let [name, _] = names;
         let remedy =
             format!("put it into postgres.url, PGPASSWORD or a .pgpass line {name}:{port}:{database}:{user}:...");
         let Some(path) = &self.passfile else { return Err(remedy) };
-        match passfile::look(path, &wanted) {
-            Found::Password(text) => Ok(Password { text, origin: path.display().to_string() }),
-            Found::Nothing => Err(remedy),
-            Found::Unused(why) => Err(format!("{why}; or {remedy}")),
+        for host in names {
+            match passfile::look(path, &Wanted { host, port, database, user }) {
+                Found::Password(text) => return Ok(Password { text, origin: path.display().to_string() }),
+                Found::Nothing => {}
+                Found::Unused(why) => return Err(format!("{why}; or {remedy}")),
+            }
         }
+        Err(remedy)
     }
 }
 
