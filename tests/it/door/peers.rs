@@ -32,7 +32,7 @@ async fn peer<F: Future<Output = Option<()>> + Send + 'static>(each: impl Fn(Tcp
 /// Answers the first message with these bytes, and then says nothing for ever.
 async fn says(answer: &'static [u8]) -> u16 {
     peer(move |mut stream| async move {
-        stream.read(&mut [0; 64]).await.ok()?;
+        stream.read_exact(&mut [0; 8]).await.ok()?;
         stream.write_all(answer).await.ok()?;
         std::future::pending().await
     })
