@@ -24,8 +24,8 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// PostgreSQL 15: column lists and row filters of publications.
 const VERSION_WITH_FILTERS: i32 = 150_000;
 
-/// The cluster's identifier and when its postmaster started: a primary and its standbys share the first, and behind one address
-/// there may be several servers.
+/// The cluster's identifier and when its postmaster started: a primary and its standbys share the first, and behind one
+/// address there may be several servers.
 pub(super) const SERVER: &str = "select s.system_identifier || ' started ' || \
     extract(epoch from pg_catalog.pg_postmaster_start_time()) from pg_catalog.pg_control_system() s";
 

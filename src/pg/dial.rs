@@ -1,7 +1,7 @@
 //! From a host to a socket: names to addresses, TCP and Unix sockets, keepalives.
 //!
-//! The trap: without keepalives and `TCP_USER_TIMEOUT` a peer that lost its power is a peer that is still thinking. The relay has
-//! deadlines of its own above this; these are libpq's, for those who set them.
+//! The trap: without keepalives and `TCP_USER_TIMEOUT` a peer that lost its power is a peer that is still thinking. The
+//! relay has deadlines of its own above this; these are libpq's, for those who set them.
 
 use std::io;
 use std::net::SocketAddr;

@@ -1,8 +1,9 @@
 //! A logged-in connection as a stream that tokio-postgres takes for a new one.
 //!
-//! Why: one login for both connections. tokio-postgres would log in by its own rules (a password in clear text to whoever asks, any
-//! number of hash rounds, no `require_auth`), and it offers no way in behind the login. So its startup message is swallowed, and
-//! it reads that it was let in, followed by what the server really said. The trap: the message may come in pieces.
+//! Why: one login for both connections. tokio-postgres would log in by its own rules (a password in clear text to whoever
+//! asks, any number of hash rounds, no `require_auth`), and it offers no way in behind the login. So its startup message
+//! is swallowed, and it reads that it was let in, followed by what the server really said. The trap: the message may come
+//! in pieces.
 
 use std::io;
 use std::pin::Pin;

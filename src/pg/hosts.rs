@@ -1,8 +1,8 @@
 //! Which of several hosts to take: in order, by `target_session_attrs`, with libpq's rules for going on to the next.
 //!
-//! The traps. libpq's default, `any`, takes a standby that happens to stand first, and no relay can work there; so where nobody
-//! says, the primary is looked for on every host, and a standby serves only to say that there is no primary. And a host that
-//! answers "no" is an answer: a wrong password is not tried on the next host.
+//! The traps. libpq's default, `any`, takes a standby that happens to stand first, and no relay can work there; so where
+//! nobody says, the primary is looked for on every host, and a standby serves only to say that there is no primary. And a
+//! host that answers "no" is an answer: a wrong password is not tried on the next host.
 
 use std::error::Error as _;
 

@@ -1,8 +1,8 @@
 //! Logging in: passwords, SCRAM with and without channel binding, and what an operator lets a server ask for.
 //!
-//! The traps. `require` of channel binding must also refuse a server that asks for nothing at all (CVE-2025-49146 of pgjdbc). A
-//! password in clear text is for a server that is proven or at least encrypted, or on this machine. A server, or someone in its
-//! place, can ask for so many hash rounds that we do nothing else (CVE-2026-42198 of pgjdbc).
+//! The traps. `require` of channel binding must also refuse a server that asks for nothing at all (CVE-2025-49146 of
+//! pgjdbc). A password in clear text is for a server that is proven or at least encrypted, or on this machine. A server,
+//! or someone in its place, can ask for so many hash rounds that we do nothing else (CVE-2026-42198 of pgjdbc).
 
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::{md5_hash, sasl};
@@ -294,9 +294,9 @@ impl Login<'_> {
     }
 }
 
-const NOT_BOUND: &str = "channel_binding=require needs SCRAM bound to the server's certificate, and the server does not offer \
-    that here. Remedy: TLS (sslmode=require or stricter) with an RSA or ECDSA certificate, scram-sha-256 in pg_hba.conf, and a \
-    password stored as scram-sha-256";
+const NOT_BOUND: &str = "channel_binding=require needs SCRAM bound to the server's certificate, and the server does not \
+    offer that here. Remedy: TLS (sslmode=require or stricter) with an RSA or ECDSA certificate, scram-sha-256 in \
+    pg_hba.conf, and a password stored as scram-sha-256";
 
 /// Re-frames an `R` message for postgres-protocol, which owns the parsing of logins.
 fn authentication(frame: &Frame) -> Result<backend::Message, Error> {

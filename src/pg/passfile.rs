@@ -1,7 +1,7 @@
 //! `.pgpass`: passwords by host, port, database and role; the first line that fits decides.
 //!
-//! The traps. A file that others may read is not used, as libpq does not. And a colon or backslash inside a field is escaped by a
-//! backslash, in the password too.
+//! The traps. A file that others may read is not used, as libpq does not. And a colon or backslash inside a field is
+//! escaped by a backslash, in the password too.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

@@ -89,8 +89,8 @@ impl Replication {
         let theirs = control.server().await?;
         if ours != theirs {
             return Err(Error::NotNow(format!(
-                "two servers answer at {place}: the SQL connection reached system {theirs}, the replication connection system \
-                 {ours}. Remedy: name one server, not a balancer in front of several"
+                "two servers answer at {place}: the SQL connection reached system {theirs}, the replication connection \
+                 system {ours}. Remedy: name one server, not a balancer in front of several"
             )));
         }
         Ok(replication)

@@ -1,7 +1,7 @@
 //! `pg_service.conf`: connection parameters under a name.
 //!
-//! The trap: the user's file hides nothing. A service that it does not hold is looked for in the system's file, but one that it
-//! does hold is taken from there alone.
+//! The trap: the user's file hides nothing. A service that it does not hold is looked for in the system's file, but one
+//! that it does hold is taken from there alone.
 
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,9 @@
 //! Where Postgres is and as whom to log in: one reading for the replication and the SQL connection, as libpq reads it.
 //!
-//! The traps: tokio-postgres' own reading of a URL is not libpq's (no `PG*` variables, no default host or user, other units), and
-//! its error texts may repeat a piece of the URL. Here defaults are libpq's, and no message holds a value. Files are not read
-//! here but at every connection, so that a password or a certificate can be changed under a running relay.
+//! The traps: tokio-postgres' own reading of a URL is not libpq's (no `PG*` variables, no default host or user, other
+//! units), and its error texts may repeat a piece of the URL. Here defaults are libpq's, and no message holds a value.
+//! Files are not read here but at every connection, so that a password or a certificate can be changed under a running
+//! relay.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,9 +1,9 @@
-//! Just enough of X.509 for what rustls leaves to us: the hash for channel binding, host names as libpq compares them, and
-//! certificates of version 1.
+//! Just enough of X.509 for what rustls leaves to us: the hash for channel binding, host names as libpq compares them,
+//! and certificates of version 1.
 //!
-//! Why by hand: webpki neither tells a signature's algorithm nor looks at a Common Name, and it reads no version 1, which is what
-//! the recipe in Postgres' own manual makes. A DER reader that only walks forward is shorter than the glue to one. The trap: every
-//! byte here is the peer's, so nothing is indexed and whatever does not fit is `None`.
+//! Why by hand: webpki neither tells a signature's algorithm nor looks at a Common Name, and it reads no version 1, which
+//! is what the recipe in Postgres' own manual makes. A DER reader that only walks forward is shorter than the glue to
+//! one. The trap: every byte here is the peer's, so nothing is indexed and whatever does not fit is `None`.
 
 use std::net::IpAddr;
 
@@ -114,8 +114,8 @@ impl<'a> Certificate<'a> {
         self.is_version_1 || says_so().is_some_and(|value| value != [0])
     }
 
-    /// Whether it is for this name or address, as libpq sees it: a Common Name counts only where no alternative name is of the
-    /// kind asked for, and a star stands for one label at the front.
+    /// Whether it is for this name or address, as libpq sees it: a Common Name counts only where no alternative name is
+    /// of the kind asked for, and a star stands for one label at the front.
     pub(super) fn is_for(&self, host: &str) -> bool {
         const DNS_NAME: u8 = 0x82;
         const IP_ADDRESS: u8 = 0x87;

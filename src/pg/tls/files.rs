@@ -1,7 +1,7 @@
 //! Certificates, keys and revocation lists from PEM files, with libpq's rules about who may read a key.
 //!
-//! The trap: a key is checked before it is used, not before it is chosen, so that a default key nobody knew of is not used by
-//! accident while the world can read it.
+//! The trap: a key is checked before it is used, not before it is chosen, so that a default key nobody knew of is not
+//! used by accident while the world can read it.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};

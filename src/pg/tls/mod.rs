@@ -1,8 +1,8 @@
 //! TLS as libpq does it: when to ask for it, whom to trust, who we are.
 //!
-//! The traps. A root certificate file that exists is used whatever `sslmode` says, so `require` beside it is `verify-ca`. What a
-//! server sends in the clear behind its answer to SSLRequest was put there by somebody else (CVE-2021-23222). And `prefer`, the
-//! default, falls back to no encryption: it hides from listeners, and from nobody who can change a packet.
+//! The traps. A root certificate file that exists is used whatever `sslmode` says, so `require` beside it is `verify-ca`.
+//! What a server sends in the clear behind its answer to SSLRequest was put there by somebody else (CVE-2021-23222). And
+//! `prefer`, the default, falls back to no encryption: it hides from listeners, and from nobody who can change a packet.
 
 mod certificate;
 mod files;
@@ -105,7 +105,8 @@ impl Settings {
         })
     }
 
-    /// The first attempt, and the one that may follow a refusal of the first. A Unix socket is never encrypted, as with libpq.
+    /// The first attempt, and the one that may follow a refusal of the first. A Unix socket is never encrypted, as with
+    /// libpq.
     pub(super) fn attempts(&self, place: &Place) -> (Encryption, Option<Encryption>) {
         match (&place.address, self.mode) {
             (Address::Unix(_), _) | (_, Mode::Disable) => (Encryption::None, None),
@@ -156,7 +157,8 @@ impl Settings {
                     .map_or_else(|| "~/.postgresql/root.crt".to_owned(), |path| path.display().to_string());
                 return Err(format!(
                     "the root certificate file {path} does not exist. Remedy: put the certificate of the server's authority \
-                     there or name it in sslrootcert; sslrootcert=system trusts the system's; a weaker sslmode verifies nobody"
+                     there or name it in sslrootcert; sslrootcert=system trusts the system's; a weaker sslmode \
+                     verifies nobody"
                 ));
             }
         };
@@ -225,8 +227,8 @@ impl Settings {
         match inner {
             Some(rustls::Error::InvalidCertificate(problem)) => match problem {
                 CertificateError::NotValidForName => format!(
-                    "the server's certificate is not for {host}. Remedy: connect by a name that is in it (hostaddr says where), \
-                     or give the server one for this name"
+                    "the server's certificate is not for {host}. Remedy: connect by a name that is in it (hostaddr says \
+                     where), or give the server one for this name"
                 ),
                 CertificateError::UnknownIssuer => format!(
                     "the server's certificate comes from an authority that is not in {roots}. Remedy: put that authority's \
@@ -238,7 +240,8 @@ impl Settings {
                 problem => format!("the server's certificate is refused: {problem}"),
             },
             Some(rustls::Error::AlertReceived(alert)) => format!(
-                "the server ended the handshake: {alert:?}. Remedy: its log says why; it may not trust our certificate (sslcert)"
+                "the server ended the handshake: {alert:?}. Remedy: its log says why; it may not trust our \
+                 certificate (sslcert)"
             ),
             _ if self.is_direct => {
                 format!("the handshake failed: {error}. sslnegotiation=direct needs PostgreSQL 17 or later")
@@ -273,7 +276,8 @@ async fn ask(stream: &mut TcpStream, place: &Place) -> Result<Answer, Error> {
         (1, [b'S', _]) => Ok(Answer::Yes),
         (1, [b'N', _]) => Ok(Answer::No),
         (2, [b'S' | b'N', _]) => Err(fault(
-            "bytes in the clear came with the answer to SSLRequest: somebody between us and the server may have put them there",
+            "bytes in the clear came with the answer to SSLRequest: somebody between us and the server may \
+             have put them there",
         )),
         // Its text is not shown: anybody could have sent it.
         (_, [b'E', _]) => Err(fault("the server answered SSLRequest with an error; its log says which")),

@@ -1,8 +1,9 @@
 //! Whether the server is who it says: chain and name, each only where libpq looks at it.
 //!
-//! The traps. webpki is stricter than OpenSSL: it refuses a self-signed server certificate that stands in the root file itself, and
-//! version 1, which the recipe in Postgres' manual makes; both are trusted on purpose by those who wrote them into that file. And a
-//! handshake without a look at the chain (`require`) must still prove that the server has the certificate's key.
+//! The traps. webpki is stricter than OpenSSL: it refuses a self-signed server certificate that stands in the root file
+//! itself, and version 1, which the recipe in Postgres' manual makes; both are trusted on purpose by those who wrote them
+//! into that file. And a handshake without a look at the chain (`require`) must still prove that the server has the
+//! certificate's key.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! Logging in: SCRAM with and without channel binding, what an operator allows a server to ask for, and every refusal's remedy.
+//! Logging in: SCRAM with and without channel binding, what an operator allows a server to ask for, and every refusal's
+//! remedy.
 //!
 //! The trap: a client that asks for channel binding and is content with less is worse than one that never asked.
 

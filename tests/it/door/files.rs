@@ -1,6 +1,7 @@
 //! Where settings come from besides the string: `PG*` variables, password files, service files.
 //!
-//! The trap: a password file that others may read is not used, and without a word about it the operator looks everywhere else.
+//! The trap: a password file that others may read is not used, and without a word about it the operator looks everywhere
+//! else.
 
 use pgoutbox::servers::Postgres;
 

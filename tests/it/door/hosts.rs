@@ -88,7 +88,8 @@ async fn a_host_that_says_nothing_is_passed_over_and_one_that_says_no_is_not() {
     }
     let name = format!("host=does.not.exist.invalid,127.0.0.1 port={} user=postgres", postgres.port());
     assert!(agreed(&name, &home, &[]).await.is_ok());
-    // A wrong password is an answer; the password is not shown to the next host.
+    // A wrong password is an answer, also where the next host would let us in.
+    connect(&other.url()).await.batch_execute("create role relay login superuser").await.unwrap();
     let wrong =
         format!("{} password={CANARY}x", both(postgres.port(), other.port())).replace("user=postgres", "user=relay");
     assert!(agreed(&wrong, &home, &[]).await.unwrap_err().contains("28P01"));

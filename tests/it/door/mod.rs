@@ -1,7 +1,7 @@
 //! The door to Postgres: both connections go where libpq's would, with what libpq would, and are refused where it is.
 //!
-//! The trap: a test of our own idea of libpq proves the idea. So each case is also given to psql, which is libpq, against the
-//! same server, and the two must agree.
+//! The trap: a test of our own idea of libpq proves the idea. So each case is also given to psql, which is libpq, against
+//! the same server, and the two must agree.
 
 mod auth;
 mod files;

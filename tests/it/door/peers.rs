@@ -123,7 +123,8 @@ async fn somebody_in_the_middle_is_found_by_channel_binding() {
     let home = Home::new();
     for (binding, gets_in) in [("disable", true), ("prefer", false), ("require", false)] {
         let conninfo = format!(
-            "host=localhost port={port} user=relay dbname=postgres password={CANARY} sslmode=require channel_binding={binding}"
+            "host=localhost port={port} user=relay dbname=postgres password={CANARY} sslmode=require \
+             channel_binding={binding}"
         );
         let found = agreed(&conninfo, &home, &[]).await;
         assert_eq!(found.is_ok(), gets_in, "{binding}: {found:?}");

@@ -1,6 +1,7 @@
 //! TLS: every `sslmode` against right and wrong certificates, client certificates, direct negotiation, revocation.
 //!
-//! The trap: `require` alone trusts everybody, and beside a root certificate file it does not; only libpq knows all of these.
+//! The trap: `require` alone trusts everybody, and beside a root certificate file it does not; only libpq knows all of
+//! these.
 
 use pgoutbox::servers::Postgres;
 use rcgen::{
