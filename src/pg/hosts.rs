@@ -61,7 +61,7 @@ pub(super) async fn open(settings: &Settings) -> Result<(Connection, Place), Err
                 let problem = format!("{place} is {kind}, and target_session_attrs={} wants another", wanted.name());
                 failures.push(Error::NotNow(problem));
             }
-            Err(error) if is_answer(&error) => return Err(error),
+            Err(error) if is_answer(&error, settings.target) => return Err(error),
             Err(error) => failures.push(error),
         }
     }
@@ -111,8 +111,11 @@ async fn at(place: &Place, settings: &Settings) -> Result<(Connection, Session),
 }
 
 /// Whether the host said no, as opposed to nothing or "not now": then no other host is asked, as with libpq.
-fn is_answer(error: &Error) -> bool {
+///
+/// Where the primary is looked for, a standby that lags behind may not have the database yet, or no room: that is no answer.
+fn is_answer(error: &Error, target: Option<Target>) -> bool {
     match error {
+        Error::Refused { error, .. } if target.is_none() => error.code().starts_with("28"),
         Error::Refused { error, .. } => !error.code().starts_with("57P"),
         Error::Login { .. } | Error::Tls { .. } | Error::Server(_) | Error::Protocol(_) => true,
         _ => false,

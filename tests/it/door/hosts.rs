@@ -24,7 +24,9 @@ async fn the_primary_is_found_behind_a_standby_and_followed_after_a_promotion() 
     for conninfo in [both(standby.port(), primary.port()), both(primary.port(), standby.port())] {
         assert_eq!(ours(&conninfo, &home, &[]).await.unwrap().port, primary.port(), "{conninfo}");
     }
-    // A relay, with the standby first.
+    // A relay, with the standby first, which does not have the database yet.
+    let there = connect(&standby.url()).await;
+    there.batch_execute("select pg_wal_replay_pause()").await.unwrap();
     let mut outbox = Outbox::create(&primary, shared_rabbitmq()).await;
     outbox.url = both(standby.port(), primary.port()).replace("dbname=postgres", &format!("dbname={}", outbox.name));
     let consumer = Consumer::start(&outbox).await;
@@ -32,7 +34,8 @@ async fn the_primary_is_found_behind_a_standby_and_followed_after_a_promotion() 
     outbox.insert("placed").await;
     consumer.wait_distinct(1).await;
     // The standby has the table and the publication before it is alone.
-    let (there, current) = (connect(&standby.url()).await, outbox.current().await);
+    there.batch_execute("select pg_wal_replay_resume()").await.unwrap();
+    let current = outbox.current().await;
     let caught_up = format!("select pg_last_wal_replay_lsn() >= '{current}'");
     eventually("the standby follows", || async { there.query_one(&caught_up, &[]).await.unwrap().get(0) }).await;
     primary.stop("immediate", crate::support::PATIENCE).unwrap();
