@@ -124,9 +124,11 @@ fn relay(error: &relay::Error) -> ExitCode {
 fn postgres(error: &pg::Error) -> ExitCode {
     match error {
         pg::Error::Server(server) if server.is_oversized_row() => ExitCode::Row,
-        pg::Error::World(_) | pg::Error::PublicationSkipped(_) | pg::Error::Server(_) | pg::Error::Login(_) => {
-            ExitCode::World
-        }
+        pg::Error::World(_)
+        | pg::Error::PublicationSkipped(_)
+        | pg::Error::Server(_)
+        | pg::Error::Refused { .. }
+        | pg::Error::Login { .. } => ExitCode::World,
         _ => ExitCode::Unavailable,
     }
 }

@@ -66,7 +66,7 @@ pub(super) async fn findings(config: &Config, control: &Control) -> Result<Vec<F
     let mut findings = database.findings(&world);
     if world.in_recovery {
         let remedy = "connect to the primary; the relay waits for it".to_owned();
-        findings.push(Finding { problem: format!("{} is a standby", control.host()), remedy });
+        findings.push(Finding { problem: format!("{} is a standby", control.place()), remedy });
     }
     Ok(findings)
 }
@@ -79,9 +79,9 @@ async fn postgres_lines(config: &Config) -> Vec<Line> {
         Ok(control) => control,
         Err(error) => return vec![wrong(connection, &error)],
     };
-    let replication = format!("replication connection to {} as {user}", control.host());
+    let replication = format!("replication connection to {} as {user}", control.place());
     let mut lines = vec![Line { what: connection, finding: None }];
-    lines.push(match Replication::open(control.host(), &config.postgres).await {
+    lines.push(match Replication::open(&control, &config.postgres).await {
         Ok(_) => Line { what: replication, finding: None },
         Err(error) => wrong(replication, &error),
     });

@@ -32,7 +32,7 @@ pub(super) async fn run(config: &Config) -> Result<(), Error> {
     let tables = Tables { outbox, others: world.others().into_iter().collect(), name };
     let mut assembler = Assembler::new(config.mapping.clone(), tables);
 
-    let mut replication = Replication::open(control.host(), &config.postgres).await?;
+    let mut replication = Replication::open(&control, &config.postgres).await?;
     let slot = format!("pgoutbox_tail_{}", std::process::id());
     replication.create_temporary_slot(&slot).await?;
     let mut stream = replication.start(&slot, &names.publication, Lsn::ZERO).await?;

@@ -5,13 +5,16 @@
 
 use std::time::Duration;
 
-use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, NoTls, Row};
 
+use super::dial::Place;
 use super::error::Error;
-use super::settings::{Host, Settings};
+use super::handover::Handover;
+use super::hosts;
+use super::settings::Settings;
 use super::world::{Names, Publication, Published, Slot, Table, World};
 use crate::lsn::Lsn;
 
@@ -21,12 +24,17 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// PostgreSQL 15: column lists and row filters of publications.
 const VERSION_WITH_FILTERS: i32 = 150_000;
 
+/// The cluster's identifier and when its postmaster started: a primary and its standbys share the first, and behind one
+/// address there may be several servers.
+pub(super) const SERVER: &str = "select s.system_identifier || ' started ' || \
+    extract(epoch from pg_catalog.pg_postmaster_start_time()) from pg_catalog.pg_control_system() s";
+
 /// An SQL connection, and word of its end.
 #[derive(Debug)]
 pub struct Control {
     client: Client,
     ended: JoinHandle<Result<(), tokio_postgres::Error>>,
-    host: Host,
+    place: Place,
 }
 
 impl Drop for Control {
@@ -36,47 +44,30 @@ impl Drop for Control {
 }
 
 impl Control {
-    /// Connects to the first host that is a primary, or else to the first that answers.
+    /// Connects to the host that `target_session_attrs` asks for; when it says nothing, to the first that is a primary, or
+    /// else to the first that answers.
     ///
     /// # Errors
-    /// The last host's.
+    /// See `hosts::open`.
     pub async fn open(settings: &Settings) -> Result<Self, Error> {
-        let mut standby = None;
-        let mut last = Error::Closed;
-        for host in &settings.hosts {
-            let attempt = timeout(settings.connect_timeout, Self::open_at(host, settings)).await;
-            match attempt.unwrap_or(Err(Error::Timeout { during: "connecting", after: settings.connect_timeout })) {
-                Ok((control, false)) => return Ok(control),
-                Ok((control, true)) => standby = standby.or(Some(control)),
-                Err(error) => last = error,
-            }
-        }
-        standby.ok_or(last)
+        let (connection, place) = hosts::open(settings).await?;
+        // Only what its own part of the login insists on; who we are was settled before.
+        let mut config = tokio_postgres::Config::new();
+        config.user(&settings.user).dbname(&settings.database).ssl_mode(SslMode::Disable);
+        let handing = config.connect_raw(Handover::new(connection), NoTls);
+        let late = |_| Error::Timeout { during: "connecting", after: settings.connect_timeout };
+        let (client, connection) = timeout(settings.connect_timeout, handing).await.map_err(late)??;
+        Ok(Self { client, ended: tokio::spawn(connection), place })
     }
 
-    async fn open_at(host: &Host, settings: &Settings) -> Result<(Self, bool), Error> {
-        let config = settings.control();
-        let unreachable = |source| Error::Unreachable { host: host.to_string(), source };
-        let (client, ended) = match host {
-            Host::Tcp(name, port) => {
-                let stream = TcpStream::connect((name.as_str(), *port)).await.map_err(unreachable)?;
-                let (client, connection) = config.connect_raw(stream, NoTls).await?;
-                (client, tokio::spawn(connection))
-            }
-            Host::Unix(path) => {
-                let stream = UnixStream::connect(path).await.map_err(unreachable)?;
-                let (client, connection) = config.connect_raw(stream, NoTls).await?;
-                (client, tokio::spawn(connection))
-            }
-        };
-        let control = Self { client, ended, host: host.clone() };
-        let in_recovery = control.one("select pg_catalog.pg_is_in_recovery()", &[]).await?.try_get(0)?;
-        Ok((control, in_recovery))
+    /// The place that answered: the stream must come from the same one.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
-    /// The host that answered: the stream must come from the same one.
-    pub fn host(&self) -> &Host {
-        &self.host
+    /// Which server process this is; see [`SERVER`].
+    pub(super) async fn server(&self) -> Result<String, Error> {
+        Ok(self.one(SERVER, &[]).await?.try_get(0)?)
     }
 
     /// The client, for verbs that change things.

@@ -54,9 +54,33 @@ pub enum Error {
     /// Control SQL failed without an answer from the server.
     #[error("a query on Postgres failed")]
     Sql(#[source] tokio_postgres::Error),
-    /// The server asks for a way to log in that we do not have.
-    #[error("cannot log in to Postgres: {0}")]
-    Login(String),
+    /// An `ErrorResponse` before the session began.
+    #[error("Postgres at {} refused {attempt}: {}. Remedy: {}", attempt.host, error.plain(), login_remedy(attempt, error))]
+    Refused {
+        /// Who tried what.
+        attempt: Box<Attempt>,
+        /// What the server said.
+        error: ServerError,
+    },
+    /// We refuse what the server asks for, or have no answer to it.
+    #[error("cannot log in to Postgres at {} as {attempt}: {problem}", attempt.host)]
+    Login {
+        /// Who tried what.
+        attempt: Box<Attempt>,
+        /// What is in the way, with a remedy.
+        problem: String,
+    },
+    /// No TLS as it is asked for.
+    #[error("no TLS with Postgres at {host}: {problem}")]
+    Tls {
+        /// Host and port.
+        host: String,
+        /// What is in the way, with a remedy where there is one.
+        problem: String,
+    },
+    /// None of several hosts would do.
+    #[error("no host of {} will do: {}", .0.len(), .0.join("; "))]
+    Hosts(Vec<String>),
     /// Bytes that the protocol does not allow.
     #[error("unexpected bytes from Postgres: {0}")]
     Protocol(String),
@@ -69,6 +93,62 @@ pub enum Error {
     /// The server cannot serve us yet.
     #[error("{0}")]
     NotNow(String),
+}
+
+/// Who tries to log in, and where; for messages.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// Where.
+    pub host: String,
+    /// The role.
+    pub user: String,
+    /// The database.
+    pub database: String,
+    /// Whether TLS is spoken.
+    pub is_encrypted: bool,
+    /// Where the password came from, when one was asked for.
+    pub password_from: Option<String>,
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "role {}, database {}", self.user, self.database)
+    }
+}
+
+/// What to do about a refused login, as exactly as the server's words allow.
+fn login_remedy(attempt: &Attempt, error: &ServerError) -> String {
+    let Attempt { user, database, is_encrypted, password_from, .. } = attempt;
+    match error.code() {
+        "28P01" => {
+            let from = password_from.as_deref().filter(|from| *from != "postgres.url");
+            let from = from.map(|path| format!(" (the password is from {path})")).unwrap_or_default();
+            format!("check user and password in postgres.url{from}")
+        }
+        "28000" if error.message().contains("pg_hba") => {
+            let (kind, address) = match error.message().split('"').nth(1) {
+                Some("[local]") | None => ("local", String::new()),
+                Some(address) => {
+                    let bits = if address.contains(':') { 128 } else { 32 };
+                    (if *is_encrypted { "hostssl" } else { "host" }, format!(" {address}/{bits}"))
+                }
+            };
+            let line = format!("{kind} {database} {user}{address} scram-sha-256");
+            let encrypt = if *is_encrypted || kind == "local" {
+                ""
+            } else {
+                "; or, where a hostssl line has it, sslmode=require"
+            };
+            format!(
+                "put this line into the server's pg_hba.conf, above any that rejects, and reload it: {line} (a relay's \
+                 replication connection matches the same line){encrypt}"
+            )
+        }
+        "28000" => format!("create the role, or let it log in: ALTER ROLE {user} LOGIN"),
+        "42501" => format!("ALTER ROLE {user} REPLICATION"),
+        "57P03" => "wait: the server is starting, stopping or not yet consistent".to_owned(),
+        _ => error.remedy().unwrap_or("the server's log says more").to_owned(),
+    }
 }
 
 /// A precondition that does not hold, and the statement that mends it.
@@ -138,14 +218,20 @@ impl ServerError {
         self.field(b'M').unwrap_or("")
     }
 
+    /// Without a remedy.
+    fn plain(&self) -> String {
+        let mut text = format!("{} (SQLSTATE {})", self.message(), self.code());
+        for (name, kind) in [("detail", b'D'), ("hint", b'H')] {
+            if let Some(field) = self.field(kind) {
+                text.push_str(&format!(", {name}: {field}"));
+            }
+        }
+        text
+    }
+
     /// What an operator can do about it, where the SQLSTATE alone tells.
     fn remedy(&self) -> Option<&'static str> {
         Some(match self.code() {
-            "28P01" => "check user and password in postgres.url",
-            "28000" if self.message().contains("pg_hba") => {
-                "allow this role in pg_hba.conf (a replication=database connection matches the database's own lines)"
-            }
-            "28000" => "check the role in postgres.url: it must exist and may log in",
             "42501" => "give the role what is missing, usually: ALTER ROLE <role> REPLICATION",
             "3D000" => "check the database in postgres.url",
             "55006" => "another relay or a dead connection holds the slot; this one waits for it",
@@ -180,12 +266,7 @@ impl ServerError {
 
 impl fmt::Display for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (SQLSTATE {})", self.message(), self.code())?;
-        for (name, kind) in [("detail", b'D'), ("hint", b'H')] {
-            if let Some(text) = self.field(kind) {
-                write!(f, ", {name}: {text}")?;
-            }
-        }
+        f.write_str(&self.plain())?;
         match self.remedy() {
             Some(remedy) => write!(f, ". Remedy: {remedy}"),
             None => Ok(()),
@@ -213,8 +294,8 @@ impl Error {
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
-            Error::World(_) | Error::PublicationSkipped(_) | Error::Login(_) => Retry::Never,
-            Error::Server(error) => error.retry(),
+            Error::World(_) | Error::PublicationSkipped(_) | Error::Login { .. } => Retry::Never,
+            Error::Server(error) | Error::Refused { error, .. } => error.retry(),
             _ => Retry::Later,
         }
     }
@@ -238,9 +319,42 @@ mod tests {
 
     #[test]
     fn says_code_hint_and_remedy() {
-        let text = Error::Server(server("28P01", "password authentication failed")).to_string();
-        for part in ["password authentication failed", "28P01", "look there", "Remedy: "] {
+        let text = Error::Server(server("53300", "too many")).to_string();
+        for part in ["too many", "53300", "look there", "Remedy: "] {
             assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refused_login_names_host_role_database_and_what_mends_it() {
+        let refused = |code: &str, message: &str, is_encrypted| {
+            let attempt = Attempt {
+                host: "db:5432".to_owned(),
+                user: "relay".to_owned(),
+                database: "shop".to_owned(),
+                is_encrypted,
+                password_from: Some("/home/x/.pgpass".to_owned()),
+            };
+            Error::Refused { attempt: Box::new(attempt), error: server(code, message) }.to_string()
+        };
+        let no_line = r#"no pg_hba.conf entry for host "10.0.0.7", user "relay""#;
+        for (text, part) in [
+            (refused("28P01", "password authentication failed", true), "from /home/x/.pgpass"),
+            (refused("28000", no_line, true), "reload it: hostssl shop relay 10.0.0.7/32 scram-sha-256 ("),
+            (refused("28000", no_line, false), "reload it: host shop relay 10.0.0.7/32 scram-sha-256 ("),
+            (refused("28000", no_line, false), "sslmode=require"),
+            (
+                refused("28000", r#"pg_hba.conf rejects connection for host "[local]""#, false),
+                ": local shop relay scram-sha-256 (",
+            ),
+            (
+                refused("28000", r#"pg_hba.conf rejects connection for host "::1""#, true),
+                ": hostssl shop relay ::1/128 scram",
+            ),
+            (refused("42501", "must be superuser", true), "ALTER ROLE relay REPLICATION"),
+            (refused("3D000", "does not exist", true), "postgres.url"),
+        ] {
+            assert!(text.contains(part) && text.contains("db:5432 refused role relay, database shop"), "{text}");
         }
     }
 

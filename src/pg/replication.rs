@@ -9,9 +9,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use tokio::time::timeout;
 
-use super::connection::{Connection, Frame};
+use super::catalog::{Control, SERVER};
+use super::connection::{Connection, Frame, Purpose};
 use super::error::{Error, ServerError};
-use super::settings::{Host, Settings};
+use super::settings::Settings;
 use crate::lsn::Lsn;
 
 /// 2000-01-01 UTC, Postgres' epoch, in seconds since 1970.
@@ -76,12 +77,23 @@ pub struct Stream {
 }
 
 impl Replication {
-    /// Connects and logs in.
+    /// Connects to where the control connection is, and makes sure that the same server answers.
     ///
     /// # Errors
-    /// See [`Connection::open`].
-    pub async fn open(host: &Host, settings: &Settings) -> Result<Self, Error> {
-        Ok(Self { connection: Connection::open(host, settings).await? })
+    /// See `Connection::open`; `NotNow` when it is another server.
+    pub async fn open(control: &Control, settings: &Settings) -> Result<Self, Error> {
+        let place = control.place();
+        let connection = Connection::open(place, settings, Purpose::Replication).await?;
+        let mut replication = Self { connection };
+        let ours = replication.ask(SERVER).await?.into_iter().flatten().flatten().next().unwrap_or_default();
+        let theirs = control.server().await?;
+        if ours != theirs {
+            return Err(Error::NotNow(format!(
+                "two servers answer at {place}: the SQL connection reached system {theirs}, the replication connection \
+                 system {ours}. Remedy: name one server, not a balancer in front of several"
+            )));
+        }
+        Ok(replication)
     }
 
     /// Which server this is, and how far its WAL goes.

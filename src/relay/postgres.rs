@@ -89,8 +89,8 @@ impl Postgres {
             world = control.inspect(&self.names).await?;
         }
         if world.in_recovery {
-            let host = control.host();
-            return Err(pg::Error::NotNow(format!("{host} is a standby: waiting for a primary")));
+            let place = control.place();
+            return Err(pg::Error::NotNow(format!("{place} is a standby: waiting for a primary")));
         }
         let findings = self.findings(&world);
         if findings.is_empty() { Ok(world) } else { Err(pg::Error::World(findings)) }
@@ -160,7 +160,7 @@ impl Database for Postgres {
         let control = Control::open(&self.settings).await?;
         let world = self.inspect(&control).await?;
         let slot = world.slot.as_ref().map(|slot| slot.confirmed).unwrap_or_default();
-        let mut replication = Replication::open(control.host(), &self.settings).await?;
+        let mut replication = Replication::open(&control, &self.settings).await?;
         let (identity, server) = replication.identify().await?;
         let silence_max = replication.sender_timeout().await?.unwrap_or(SILENCE_MAX);
         let start = progress.begin(identity.clone(), server, &self.names.slot, slot)?;

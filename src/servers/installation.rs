@@ -37,6 +37,10 @@ impl Installation {
         Ok(Self { bin, user })
     }
 
+    pub(super) fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     /// The `bin` of the highest version among Debian's.
     pub(super) fn newest_bin() -> Result<PathBuf, Error> {
         let versions = std::fs::read_dir(DEBIAN_VERSIONS).into_iter().flatten();

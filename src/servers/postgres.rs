@@ -85,6 +85,27 @@ impl Postgres {
         }
     }
 
+    /// Starts a streaming standby of `primary`, of the same version; [`Self::promote`] makes it a primary.
+    pub fn start_standby_of(primary: &Self) -> Result<Self, Error> {
+        let mut server = Self::prepare(primary.installation.bin())?;
+        let mut copy = server.installation.command("pg_basebackup", server.directory.path());
+        copy.arg("-D").arg(&server.data).args(["-R", "-X", "stream", "-c", "fast", "-d", &primary.url()]);
+        let Output { status, stderr, .. } = copy.output().map_err(Error::io("run pg_basebackup"))?;
+        if !status.success() {
+            return Err(Error::refused("copy PostgreSQL", tail(&String::from_utf8_lossy(&stderr))));
+        }
+        server.place()?;
+        server.start_again().map(|()| server)
+    }
+
+    /// Makes a standby a primary, and returns when it is one.
+    pub fn promote(&self) -> Result<(), Error> {
+        let mut promote = self.installation.command("pg_ctl", self.directory.path());
+        promote.arg("promote").arg("-D").arg(&self.data).args(["-w", "-s"]).stdout(Stdio::null());
+        let promoted = promote.stderr(Stdio::null()).status().map_err(Error::io("run pg_ctl"))?;
+        if promoted.success() { Ok(()) } else { Err(Error::refused("promote PostgreSQL", tail(&self.log()))) }
+    }
+
     /// `postgres://postgres@127.0.0.1:PORT/postgres`, a superuser.
     pub fn url(&self) -> String {
         self.url_for("postgres", None, "postgres")
@@ -249,12 +270,17 @@ impl Postgres {
             let wrote = format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
             return Err(Error::refused("initialise PostgreSQL", tail(&wrote)));
         }
-        self.append_conf(&format!("port = {}", self.port))?;
-        self.append_conf(&format!("unix_socket_directories = {}", quoted(&self.socket.display().to_string())))?;
+        self.place()?;
         for (name, value) in DEFAULTS.iter().chain(settings) {
             self.append_conf(&format!("{name} = {}", quoted(value)))?;
         }
         std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST).map_err(Error::io("write pg_hba.conf"))
+    }
+
+    /// Writes down where it listens.
+    fn place(&self) -> Result<(), Error> {
+        self.append_conf(&format!("port = {}", self.port))?;
+        self.append_conf(&format!("unix_socket_directories = {}", quoted(&self.socket.display().to_string())))
     }
 
     fn running_postmaster(&self) -> Option<Process> {

@@ -5,6 +5,7 @@
 mod crashes;
 mod delivery;
 mod demo;
+mod door;
 mod faults;
 mod feedback;
 mod fuzz;

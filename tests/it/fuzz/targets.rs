@@ -10,7 +10,7 @@ use pgoutbox::config::{Config, Needs, Sources};
 use pgoutbox::lsn::Lsn;
 use pgoutbox::outbox::{Assembler, ColumnNames, Item, Mapping, Position, Tables, Template, headers};
 use pgoutbox::pg::Settings;
-use pgoutbox::pg::connection::{Frame, take_frame};
+use pgoutbox::pg::connection::{FRAME_BYTES_MAX, Frame, take_frame};
 use pgoutbox::pg::pgoutput::{self, Message, Value};
 use pgoutbox::pg::replication::{self, Event};
 
@@ -63,7 +63,7 @@ fn all_frames<'a>(packets: impl Iterator<Item = &'a [u8]>) -> (Vec<Frame>, bool)
     for packet in packets {
         incoming.extend_from_slice(packet);
         loop {
-            match take_frame(&mut incoming) {
+            match take_frame(&mut incoming, FRAME_BYTES_MAX) {
                 Ok(Some(frame)) => frames.push(frame),
                 Ok(None) => break,
                 Err(_) => return (frames, true),

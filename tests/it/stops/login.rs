@@ -7,7 +7,7 @@ use pgoutbox::servers::Postgres;
 
 use super::{WORLD, ended, statement, stops};
 use crate::support::consumer::Consumer;
-use crate::support::relay::{Relay, environment, pgoutbox};
+use crate::support::relay::Relay;
 use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
 
 const RIGHT: &str = "right-canary-4711";
@@ -93,14 +93,4 @@ async fn a_unix_socket_is_a_way_in() {
         consumer.wait_distinct(count + 1).await;
         assert_eq!(relay.stop(), 0);
     }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tls_that_cannot_be_had_is_refused_before_any_network() {
-    let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
-    outbox.url = format!("{}?sslmode=require", shared_postgres().url_for("postgres", Some(RIGHT), &outbox.name));
-    let output = pgoutbox().arg("run").envs(environment(&outbox.url, &outbox.amqp, &outbox.name)).output().unwrap();
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(64), "{log}");
-    assert!(log.contains("postgres.url") && log.contains("TLS") && !log.contains("canary"), "{log}");
 }
