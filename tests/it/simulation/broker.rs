@@ -302,7 +302,7 @@ impl Connection {
             let fate = &mut state.rows[row];
             let (verdict, text) = if fate.refusals == 0 {
                 (Verdict::Held, "holds")
-            } else if nacked || row % 2 == 0 {
+            } else if nacked || row.is_multiple_of(2) {
                 (Verdict::Nacked, "nacks")
             } else {
                 (Verdict::Returned, "returns")
