@@ -1,6 +1,6 @@
 # Plain cargo underneath; the scripts only see to it that the servers are there.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz clean
+.PHONY: help demo test check faults nemesis simulate plants mutants fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -21,6 +21,27 @@ check: ## format, lints, documentation, house rules; no servers
 	cargo clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 	cargo test --test it tidy
+
+faults: ## every fault of the table on real servers: ROUNDS (20) each, WORKERS (2) side by side
+	@scripts/install-servers
+	PGOUTBOX_ROUNDS=$(or $(ROUNDS),20) PGOUTBOX_WORKERS=$(or $(WORKERS),2) \
+		cargo test --test it the_whole_fault_table -- --ignored --nocapture
+
+nemesis: ## faults drawn from a seed, for MINUTES (60)
+	@scripts/install-servers
+	PGOUTBOX_MINUTES=$(or $(MINUTES),60) cargo test --test it the_nemesis -- --ignored --nocapture
+
+simulate: ## a million seeds on all cores; SEEDS=n for another number
+	PGOUTBOX_SEEDS=$(or $(SEEDS),1000000) cargo test --profile simulation --test it simulation -- --nocapture
+
+plants: ## plant known bugs one by one and see each caught
+	@scripts/install-servers
+	scripts/plant-bugs
+
+mutants: ## change the core line by line and see a fast test notice (cargo install cargo-mutants)
+	cargo mutants -f 'src/outbox/**' -f src/pg/pgoutput.rs -o target/mutants/pure -- --lib
+	PGOUTBOX_SEEDS=1500 cargo mutants -f 'src/relay/**' -f src/sink/rabbitmq/ledger.rs -o target/mutants/relay -- \
+		--lib --test it -- tests:: simulation::
 
 fuzz: ## every decoder under cargo-fuzz, FUZZ_SECONDS (60) each; installs nightly and cargo-fuzz
 	@scripts/install-servers --compiler-only

@@ -138,4 +138,19 @@ mod tests {
         let deep = format!("{{\"a\":{}1{}}}", "[".repeat(40), "]".repeat(40));
         assert!(read_all(&deep).is_err());
     }
+
+    #[test]
+    fn names_and_nesting_pass_up_to_their_limits_and_no_further() {
+        let named = |bytes: usize| format!("{{\"{}\":1}}", "n".repeat(bytes));
+        let below = |text: &str| format!("{{\"a\":{text}}}");
+        let lists = |depth: usize| below(&format!("{}1{}", "[".repeat(depth), "]".repeat(depth)));
+        let objects = |depth: usize| below(&format!("{}1{}", "{\"b\":".repeat(depth), "}".repeat(depth)));
+        let last = NAME_BYTES_MAX;
+        for fits in [named(last), below(&named(last)), lists(DEPTH_MAX), objects(DEPTH_MAX)] {
+            assert!(read_all(&fits).is_ok(), "{fits}");
+        }
+        for exceeds in [named(last + 1), below(&named(last + 1)), lists(DEPTH_MAX + 1), objects(DEPTH_MAX + 1)] {
+            assert!(read_all(&exceeds).is_err(), "{exceeds}");
+        }
+    }
 }

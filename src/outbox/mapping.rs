@@ -369,6 +369,20 @@ mod tests {
     }
 
     #[test]
+    fn a_routing_key_may_call_columns_by_what_they_are_for() {
+        let called =
+            [("event_type", 25), ("aggregate_id", 25), ("aggregate_type", 25), ("number", 20), ("payload", 25)];
+        let row: Vec<Value> = ["placed", "42", "order", "9", "hello"].map(value).to_vec();
+        let mapping = Mapping {
+            columns: ColumnNames { id: Some("number".to_owned()), ..ColumnNames::default() },
+            destination: "{id}.{aggregatetype}.{aggregateid}.{type}".parse().unwrap(),
+            ..mapping()
+        };
+        let layout = mapping.layout(&columns(&called)).unwrap();
+        assert_eq!(layout.message(&row, Position::default(), 0).unwrap().destination, "9.order.42.placed");
+    }
+
+    #[test]
     fn all_missing_columns_are_named_at_once() {
         let error = map(&[("id", 2950), ("payload", 23)], &[]).unwrap_err().to_string();
         for part in

@@ -71,3 +71,24 @@ impl From<&str> for HeaderValue {
         HeaderValue::Text(text.to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_costs_the_sum_of_its_parts() {
+        let nested = HeaderValue::Map(vec![("key".to_owned(), HeaderValue::List(vec![HeaderValue::Int(1)]))]);
+        let message = Message {
+            id: "7f".to_owned(),
+            destination: "order".to_owned(),
+            kind: "placed".to_owned(),
+            content_type: "text/plain",
+            committed_at: 0,
+            headers: vec![("text".to_owned(), "hello".into()), ("map".to_owned(), nested)],
+            body: Bytes::from_static(b"0123456789"),
+        };
+        let headers = (4 + 5 + 5) + (3 + 5 + (1 + 3 + 5 + 9));
+        assert_eq!(message.bytes(), 2 + 5 + 6 + headers + 10 + OVERHEAD_BYTES);
+    }
+}

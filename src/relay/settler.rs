@@ -13,7 +13,10 @@ use super::publisher::Settling;
 use super::{Error, Progress, progress};
 use crate::lsn::Lsn;
 use crate::metrics::{self, Metrics};
-use crate::sink;
+use crate::sink::{self, Receipt};
+
+/// How often a wait for a confirm looks whether the broker blocks publishers.
+const LOOKS: u32 = 10;
 
 /// The third station.
 pub(super) struct Settler<'a> {
@@ -36,16 +39,7 @@ impl Settler<'_> {
     async fn settle(&mut self, run: Settling) -> Result<(), Error> {
         if let Some(receipt) = run.receipt {
             self.metrics.oldest(run.committed_at.first().copied());
-            let late = sink::Error::Timeout { during: "confirming", after: self.confirm_timeout };
-            let mut receipt = receipt;
-            loop {
-                match timeout(self.confirm_timeout, &mut receipt).await {
-                    Ok(settled) => break settled?,
-                    // An alarm can last for hours. Leaving would not help, and coming back would publish once more.
-                    Err(_) if self.metrics.is_blocked() => {}
-                    Err(_) => return Err(late.into()),
-                }
-            }
+            self.confirmed(receipt).await?;
             self.count(&run.committed_at, run.bytes);
         }
         let mut progress = progress::lock(self.progress);
@@ -64,6 +58,21 @@ impl Settler<'_> {
         // Last: room in the window means that all of this is done.
         drop(run.shares);
         Ok(())
+    }
+
+    /// Waits for the receipt, and no longer than the broker may hold it back. An alarm can last for hours: leaving would not
+    /// help, and coming back would publish once more. So the time begins anew while one lasts.
+    async fn confirmed(&self, mut receipt: Receipt) -> Result<(), Error> {
+        let late = sink::Error::Timeout { during: "confirming", after: self.confirm_timeout };
+        let mut looks_left = LOOKS;
+        while looks_left > 0 {
+            match timeout(self.confirm_timeout / LOOKS, &mut receipt).await {
+                Ok(settled) => return Ok(settled?),
+                Err(_) if self.metrics.is_blocked() => looks_left = LOOKS,
+                Err(_) => looks_left -= 1,
+            }
+        }
+        Err(late.into())
     }
 
     fn count(&self, committed_at: &[u64], bytes: usize) {

@@ -1,321 +1,167 @@
-//! What really happened, and whether it may: one world that both fakes write to and only the judge reads.
+//! Whether what happened may happen: reads the world when all is over, and a process's part when it ends.
+//!
+//! The trap: a judge inside the system under test shares its mistakes. This one reads what the peers saw.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use pgoutbox::relay;
+use pgoutbox::retry::Retry;
 
-/// Shared by everything in one simulation.
-#[derive(Clone)]
-pub(super) struct World(Arc<Mutex<State>>);
+use super::world::{Row, State, Stream, World};
 
-/// A piece of WAL.
-#[derive(Clone, Debug)]
-pub(super) struct Entry {
-    /// When it is there.
-    pub(super) at: Duration,
-    pub(super) commit_lsn: u64,
-    pub(super) end_lsn: u64,
-    /// Ids of outbox rows; none: other tables' WAL, of which only the position is seen.
-    pub(super) rows: Vec<String>,
-}
+/// What is settled is told within this, in the middle of nothing: a status interval and what the fakes may pause.
+const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
-pub(super) struct State {
-    pub(super) random: fastrand::Rng,
-    pub(super) began: Instant,
-    /// Whether this seed has faults at all, and whether they go on.
-    pub(super) faults: bool,
-    had_faults: bool,
-    had_refusals: bool,
-    pub(super) wal: Vec<Entry>,
-    pub(super) timeline: u32,
-    /// Rows of transactions that a failover has undone.
-    undone: HashSet<String>,
-    /// The slot in memory, and on disk.
-    pub(super) confirmed: u64,
-    pub(super) saved: u64,
-    pub(super) slot_in_use: bool,
-    /// Whether the server takes a rest now and then.
-    pub(super) pauses: bool,
-    /// How long the broker takes to confirm a run, in any case.
-    pub(super) acknowledge_after: Duration,
-    /// Rows that the broker refuses so many more times.
-    pub(super) refusals: HashMap<String, u32>,
-    /// By session: rows sent by Postgres, rows published by the relay.
-    sessions: Vec<Session>,
-    /// In the order of arrival at the queue.
-    held: Vec<String>,
-    acknowledged: HashSet<String>,
-    log: Vec<String>,
-}
-
-#[derive(Default)]
-struct Session {
-    sent: Vec<String>,
-    published: Vec<String>,
-    /// What was acknowledged before it began.
-    before: HashSet<String>,
-}
-
-impl World {
-    pub(super) fn new(seed: u64) -> Self {
-        let mut random = fastrand::Rng::with_seed(seed);
-        let faults = random.u8(..) > 25;
-        let mut wal = Vec::new();
-        let (mut lsn, mut at, mut refusals) = (1000, 0, HashMap::new());
-        for number in 0..random.u32(5..40) {
-            at += random.u64(0..3000);
-            let commit_lsn = lsn + random.u64(0..3) * 8;
-            let end_lsn = commit_lsn + 48;
-            lsn = end_lsn;
-            let rows = if random.u8(..) < 180 { random.u32(1..12) } else { 0 };
-            let rows: Vec<String> = (0..rows).map(|row| format!("{number}.{row}")).collect();
-            for id in &rows {
-                if faults && random.u16(..) < 400 {
-                    refusals.insert(id.clone(), random.u32(1..4));
-                }
-            }
-            wal.push(Entry { at: Duration::from_millis(at), commit_lsn, end_lsn, rows });
+/// The verdict on the whole.
+pub(super) fn judge(world: &World) -> Result<(), String> {
+    world.with(|state| {
+        if let Some(accusation) = &state.accusation {
+            return Err(accusation.clone());
         }
-        let state = State {
-            began: Instant::now(),
-            faults,
-            had_faults: faults,
-            had_refusals: !refusals.is_empty(),
-            wal,
-            timeline: 1,
-            undone: HashSet::new(),
-            confirmed: 1000,
-            saved: 1000,
-            slot_in_use: false,
-            pauses: true,
-            acknowledge_after: Duration::ZERO,
-            refusals,
-            sessions: Vec::new(),
-            held: Vec::new(),
-            acknowledged: HashSet::new(),
-            log: Vec::new(),
-            random,
-        };
-        Self(Arc::new(Mutex::new(state)))
-    }
+        let first = first_deliveries(state);
+        lost(state, &first)?;
+        reordered(state, &first)?;
+        overtaken(state, &first)?;
+        state.streams.iter().enumerate().try_for_each(|(number, stream)| replayed(state, number, stream))?;
+        duplicated(state)
+    })
+}
 
-    /// No faults, a row every 50 ms, and a broker that is always a little behind: the stream never pauses, and what is told
-    /// never catches up with what is read.
-    pub(super) fn steady() -> Self {
-        let world = Self::new(0);
-        world.with(|state| {
-            (state.faults, state.had_faults, state.had_refusals) = (false, false, false);
-            state.refusals.clear();
-            state.pauses = false;
-            state.acknowledge_after = Duration::from_millis(300);
-            let entry = |number: u64| Entry {
-                at: Duration::from_millis(50 * number),
-                commit_lsn: 1000 + 48 * number,
-                end_lsn: 1000 + 48 * (number + 1),
-                rows: vec![format!("{number}.0")],
-            };
-            state.wal = (0..600).map(entry).collect();
-        });
-        world
-    }
+/// Rows in the order in which the broker first held them, without those that a failover has undone.
+fn first_deliveries(state: &State) -> Vec<Row> {
+    let mut seen = vec![false; state.rows.len()];
+    let held = state.held.iter().copied().filter(|row| !state.rows[*row].undone);
+    held.filter(|row| !std::mem::replace(&mut seen[*row], true)).collect()
+}
 
-    pub(super) fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
-        act(&mut self.0.lock().unwrap())
+fn lost(state: &State, first: &[Row]) -> Result<(), String> {
+    let mut there = vec![false; state.rows.len()];
+    first.iter().for_each(|row| there[*row] = true);
+    let truth = state.wal.iter().flat_map(|entry| entry.rows.clone());
+    let missing: Vec<String> = truth.clone().filter(|row| !there[*row]).map(|row| state.name(row)).collect();
+    if !missing.is_empty() {
+        return Err(format!("missing {}", missing.join(" ")));
     }
-
-    pub(super) fn random<T>(&self, draw: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
-        self.with(|state| draw(&mut state.random))
+    if truth.count() != first.len() {
+        return Err("phantoms: the broker holds rows that were never committed".to_owned());
     }
+    Ok(())
+}
 
-    /// Whether a fault of this probability (in 1000) strikes now.
-    pub(super) fn strikes(&self, per_mille: u16) -> bool {
-        self.with(|state| state.faults && state.random.u16(0..1000) < per_mille)
-    }
-
-    pub(super) fn has_faults(&self) -> bool {
-        self.with(|state| state.faults)
-    }
-
-    /// No more faults.
-    pub(super) fn heal(&self) {
-        self.note("healed");
-        self.with(|state| {
-            state.faults = false;
-            state.refusals.clear();
-        });
-    }
-
-    pub(super) fn note(&self, event: impl Into<String>) {
-        self.with(|state| {
-            let line = format!("{:>9.3} {}", state.began.elapsed().as_secs_f64(), event.into());
-            state.log.push(line);
-        });
-    }
-
-    pub(super) fn log(&self) -> String {
-        self.with(|state| state.log.join("\n"))
-    }
-
-    /// A broker session and a stream begin; both are counted as one.
-    pub(super) fn begin_session(&self) -> usize {
-        let number = self.with(|state| {
-            let before = state.acknowledged.clone();
-            state.sessions.push(Session { before, ..Session::default() });
-            state.sessions.len() - 1
-        });
-        self.note(format!("session {number} begins"));
-        number
-    }
-
-    pub(super) fn current_session(&self) -> usize {
-        self.with(|state| state.sessions.len() - 1)
-    }
-
-    pub(super) fn sent(&self, id: &str) {
-        self.with(|state| state.sessions.last_mut().unwrap().sent.push(id.to_owned()));
-    }
-
-    pub(super) fn published(&self, session: usize, id: &str) {
-        self.note(format!("session {session} publishes {id}"));
-        self.with(|state| state.sessions[session].published.push(id.to_owned()));
-    }
-
-    /// The broker takes a message, or refuses it. Whether it holds it.
-    pub(super) fn arrive(&self, session: usize, id: &str) -> bool {
-        let refused = self.with(|state| match state.refusals.get_mut(id) {
-            Some(left) if *left > 0 => {
-                *left -= 1;
-                true
-            }
-            _ => {
-                state.held.push(id.to_owned());
-                false
-            }
-        });
-        self.note(format!("broker {} {id} of session {session}", if refused { "refuses" } else { "holds" }));
-        !refused
-    }
-
-    pub(super) fn acknowledge(&self, ids: &[String]) {
-        self.note(format!("broker acknowledges {}", ids.join(" ")));
-        self.with(|state| state.acknowledged.extend(ids.iter().cloned()));
-    }
-
-    /// The server hears a status. What it says was checked against what this stream sent; here, against the truth.
-    pub(super) fn told(&self, lsn: u64) {
-        self.note(format!("told {lsn}"));
-        let early = self.with(|state| {
-            state.confirmed = state.confirmed.max(lsn);
-            let covered = state.wal.iter().filter(|entry| entry.end_lsn <= lsn).flat_map(|entry| &entry.rows);
-            covered.filter(|id| !state.acknowledged.contains(*id)).cloned().collect::<Vec<_>>()
-        });
-        assert!(early.is_empty(), "told {lsn} before {early:?} were acknowledged\n{}", self.log());
-    }
-
-    /// A crash: the slot comes back as it was saved last.
-    pub(super) fn crash_postgres(&self) {
-        self.note("Postgres crashes");
-        self.with(|state| {
-            if state.random.bool() {
-                state.saved = state.confirmed;
-            }
-            state.confirmed = state.saved;
-        });
-    }
-
-    /// A standby takes over that had not received everything; another history follows at the same positions.
-    pub(super) fn fail_over(&self) {
-        self.note("failover");
-        self.with(|state| {
-            let now = state.began.elapsed();
-            let there = state.wal.iter().filter(|entry| entry.at <= now).count();
-            // The slot on the standby lags too, and never stands beyond the standby's WAL.
-            let reached = state.wal.iter().take(there).filter(|entry| entry.end_lsn <= state.saved).count();
-            let kept = state.random.usize(reached..=there);
-            let lost: Vec<Entry> = state.wal.drain(kept..there).collect();
-            state.undone.extend(lost.iter().flat_map(|entry| entry.rows.iter().cloned()));
-            let removed: u64 = lost.iter().map(|entry| entry.end_lsn - entry.commit_lsn).sum();
-            for entry in state.wal.iter_mut().skip(kept) {
-                entry.commit_lsn -= removed;
-                entry.end_lsn -= removed;
-            }
-            state.timeline += 1;
-            state.confirmed = state.saved;
-        });
-    }
-
-    pub(super) fn is_all_told(&self) -> bool {
-        self.with(|state| {
-            let last = state.wal.last().map_or(0, |entry| entry.end_lsn);
-            state.wal.iter().all(|entry| entry.at <= state.began.elapsed()) && state.confirmed >= last
-        })
-    }
-
-    /// The verdict.
-    pub(super) fn judge(&self) {
-        let verdict = self.with(|state| {
-            let truth: Vec<&String> = state.wal.iter().flat_map(|entry| &entry.rows).collect();
-            let mut seen = HashSet::new();
-            let first: Vec<&String> = state
-                .held
-                .iter()
-                .filter(|id| !state.undone.contains(*id))
-                .filter(|id| seen.insert(id.as_str()))
-                .collect();
-            lost(&truth, &first)
-                .and_then(|()| reordered(state, &truth, &first))
-                .and_then(|()| replayed(&state.sessions))
-                .and_then(|()| duplicated(state))
-        });
-        if let Err(problem) = verdict {
-            panic!("{problem}\n{}", self.log());
+/// First deliveries come in commit order. Only a message that the broker has refused may come later than its successors: no
+/// client can prevent that, the broker had taken some of them already.
+fn reordered(state: &State, first: &[Row]) -> Result<(), String> {
+    let kept: Vec<Row> = first.iter().copied().filter(|row| !state.rows[*row].refused).collect();
+    match kept.windows(2).find(|pair| pair[0] > pair[1]) {
+        Some(pair) => {
+            Err(format!("first deliveries out of order: {} before {}", state.name(pair[0]), state.name(pair[1])))
         }
+        None => Ok(()),
     }
 }
 
-fn lost(truth: &[&String], first: &[&String]) -> Result<(), String> {
-    let (truth, first): (BTreeSet<_>, BTreeSet<_>) = (truth.iter().collect(), first.iter().collect());
-    let missing: Vec<_> = truth.difference(&first).collect();
-    let phantoms: Vec<_> = first.difference(&truth).collect();
-    if missing.is_empty() && phantoms.is_empty() {
-        Ok(())
-    } else {
-        Err(format!("missing {missing:?}, phantoms {phantoms:?}"))
-    }
-}
-
-/// First deliveries come in commit order. A refusal in the middle of a window may reorder what follows it, and only that:
-/// no client can prevent it (the broker has taken later messages already).
-fn reordered(state: &State, truth: &[&String], first: &[&String]) -> Result<(), String> {
-    if !state.had_refusals && truth != first {
-        return Err(format!("first deliveries {first:?} instead of {truth:?}"));
+/// And only what was in flight with it may overtake it, which is less than a window.
+fn overtaken(state: &State, first: &[Row]) -> Result<(), String> {
+    let mut place = vec![0; state.rows.len()];
+    state.wal.iter().flat_map(|entry| entry.rows.clone()).enumerate().for_each(|(index, row)| place[row] = index);
+    let mut furthest = 0;
+    for row in first {
+        if furthest >= place[*row] + state.window_max.max(1) {
+            return Err(format!("{} was overtaken by more than a window", state.name(*row)));
+        }
+        furthest = furthest.max(place[*row]);
     }
     Ok(())
 }
 
 /// Each session publishes a gapless run of what Postgres sent it, leaving out at its beginning only what was acknowledged
 /// before: it begins again at the first unsettled message and never fills holes.
-fn replayed(sessions: &[Session]) -> Result<(), String> {
-    for (number, session) in sessions.iter().enumerate() {
-        let Some(first) = session.published.first() else { continue };
-        let skipped = session.sent.iter().position(|id| id == first).ok_or("published what was never sent")?;
-        let run = session.sent.iter().skip(skipped).take(session.published.len());
-        if !run.eq(&session.published) {
-            return Err(format!("session {number} was sent {:?} and published {:?}", session.sent, session.published));
-        }
-        if let Some(hole) = session.sent.iter().take(skipped).find(|id| !session.before.contains(*id)) {
-            return Err(format!("session {number} skipped {hole}, which was not settled"));
-        }
+fn replayed(state: &State, number: usize, stream: &Stream) -> Result<(), String> {
+    let Some(first) = stream.published.first() else { return Ok(()) };
+    let skipped = stream.sent.iter().position(|row| row == first).ok_or("published what was never sent")?;
+    let run = stream.sent.iter().skip(skipped);
+    if let Some((sent, published)) = run.zip(&stream.published).find(|(sent, published)| sent != published) {
+        let (sent, published) = (state.name(*sent), state.name(*published));
+        return Err(format!("session {number} published {published} where {sent} was next"));
+    }
+    if stream.published.len() > stream.sent.len() - skipped {
+        return Err(format!("session {number} published more than it was sent"));
+    }
+    if let Some(hole) = stream.sent.iter().take(skipped).find(|row| !stream.before[**row]) {
+        return Err(format!("session {number} skipped {}, which was not settled", state.name(*hole)));
     }
     Ok(())
 }
 
 fn duplicated(state: &State) -> Result<(), String> {
-    let distinct: HashSet<&String> = state.held.iter().collect();
-    if !state.had_faults && distinct.len() != state.held.len() {
-        return Err(format!("{} duplicates without a fault", state.held.len() - distinct.len()));
+    let mut seen = vec![false; state.rows.len()];
+    let twice = state.held.iter().filter(|row| std::mem::replace(&mut seen[**row], true)).count();
+    if state.is_harmless && twice > 0 {
+        return Err(format!("{twice} duplicates without a fault that excuses them"));
     }
     Ok(())
+}
+
+/// A process has ended; if it was told to, `in_time` says whether it had the time to do so well.
+pub(super) fn ended(world: &World, life: usize, result: &Result<(), relay::Error>, in_time: Option<bool>) {
+    world.with(|state| {
+        state.note_end(life, result);
+        match result {
+            Ok(()) if in_time.is_none() => state.accuse("a process ended without being told to"),
+            Ok(()) if in_time == Some(true) => parted_well(state, life),
+            Ok(()) => {}
+            Err(error) if error.retry() == Retry::Never && state.lives[life].condemned => {
+                stopped_at_row(state, life, error)
+            }
+            // Another relay held the slot and let go unseen: to this one it is moved, and it says so.
+            Err(relay::Error::Moved { .. }) if state.lives[life].stream != state.holder => {}
+            Err(error) => state.accuse(format!("a process gave up without need: {error}")),
+        }
+    });
+}
+
+/// A clean stop has told everything that it read, and read no transaction in part.
+fn parted_well(state: &mut State, life: usize) {
+    // The last session may have ended before, and in another way.
+    let (Some(number), true) = (state.lives[life].stream, state.lives[life].finished == state.lives[life].stream)
+    else {
+        return;
+    };
+    let stream = &state.streams[number];
+    if stream.settled != stream.published.len() || stream.is_excused {
+        return;
+    }
+    if stream.in_transaction {
+        state.accuse("a clean stop in the middle of a transaction");
+    } else if stream.told != stream.reached {
+        let (told, reached) = (stream.told, stream.reached);
+        state.accuse(format!("a clean stop told {told} where all was settled up to {reached}"));
+    }
+}
+
+/// A row that cannot be delivered stops the relay, and everything before it is settled.
+fn stopped_at_row(state: &mut State, life: usize, error: &relay::Error) {
+    let (relay::Error::Outbox(_), Some(stream)) = (error, state.lives[life].stream) else { return };
+    let stream = &state.streams[stream];
+    let Some(barrier) = stream.barrier else { return state.accuse("stopped at a row that could be delivered") };
+    if let Some(row) = stream.sent[..barrier].iter().copied().find(|row| !state.rows[*row].acknowledged) {
+        let name = state.name(row);
+        state.accuse(format!("stopped at a row with {name} before it unsettled"));
+    }
+}
+
+/// A process is about to be killed: a relay with nothing in flight has told everything, so that nothing comes twice.
+pub(super) fn quiet(world: &World, life: usize) {
+    world.with(|state| {
+        let Some(stream) = state.lives[life].stream.map(|number| &state.streams[number]) else { return };
+        let is_open = stream.free_at.is_none() && stream.epoch == state.epoch;
+        let is_excused = state.lives[life].frozen || stream.is_excused || state.lives[life].is_leaving;
+        let is_quiet = stream.reached_at.elapsed() > TOLD_WITHIN && stream.settled_at.elapsed() > TOLD_WITHIN;
+        let known = &state.lives[life].known;
+        let is_settled = !stream.in_transaction && stream.sent.iter().all(|row| known[*row]);
+        if is_open && !is_excused && is_quiet && is_settled && stream.told < stream.reached {
+            let (told, reached) = (stream.told, stream.reached);
+            state.accuse(format!("told {told} although all was settled up to {reached} for long"));
+        }
+    });
 }

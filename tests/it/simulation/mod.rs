@@ -1,83 +1,315 @@
 //! The relay itself, between a fake Postgres and a fake broker, under a paused clock: whatever fails when, nothing is lost,
 //! reordered or skipped.
 //!
-//! Every fault comes from one seed, and so does the order in which everything runs: a failing seed is printed and replays
-//! alone with `PGOUTBOX_SEED=n cargo test --test it simulation`. The fakes refuse what the real peers would punish: feedback
-//! that falls, or that passes what was sent outside a transaction; `delivery`, `crashes` and `feedback` prove them honest.
+//! Every fault comes from one seed, and so does the order in which everything runs: a failing seed shrinks, prints its log and
+//! replays alone with `PGOUTBOX_SEED=plan cargo test --test it simulation`. The fakes accuse where the real peers would
+//! believe: `delivery`, `crashes` and `feedback` prove them honest.
 //!
-//! The trap: a judge inside the system under test shares its mistakes. This one reads a log of what the peers saw.
+//! Reading order: `faults`, `world`, `database`, `source`, `broker`, `judge`, `shrink`.
+//!
+//! The trap: a simulation in which nothing goes wrong passes. So every kind of fault is counted and must have struck.
 
 mod broker;
 mod database;
+mod faults;
 mod judge;
+mod shrink;
+mod source;
 mod wire;
+mod world;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::cell::Cell;
+use std::future::Future;
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
+use futures_util::future::join;
 use pgoutbox::metrics::Metrics;
 use pgoutbox::outbox::{ColumnNames, Mapping};
 use pgoutbox::relay::{self, Settings};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use broker::FakeBroker;
 use database::FakeDatabase;
-use judge::World;
+use faults::{FAULTS, Fault, Plan};
+use world::World;
 
 /// Seeds in `make test`.
 const SEEDS: u64 = 10_000;
 
-/// How long faults go on, in the clock of the simulation.
-const FAULTS: Duration = Duration::from_secs(60);
+/// From so many on, every kind of fault must have struck.
+const SEEDS_ENOUGH: u64 = 5_000;
 
-/// How long everything may take afterwards.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// How long everything may take when faults have ended and all is written: what still sleeps wakes up, is noticed, and a
+/// session or two go by; and each row takes its time.
+const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE_PER_ROW: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// A panic of the relay is a verdict here, printed once the plan has shrunk.
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
 
 #[test]
 fn nothing_is_lost_reordered_or_skipped_whatever_fails_when() {
-    if let Ok(seed) = std::env::var("PGOUTBOX_SEED") {
-        return simulate(seed.parse().expect("PGOUTBOX_SEED is a number"), true);
+    if let Ok(plan) = std::env::var("PGOUTBOX_SEED") {
+        let simulated = simulate(&plan.parse().unwrap());
+        println!("{}\n{:?}", simulated.world.log(), simulated.verdict);
+        assert_eq!(simulated.verdict, Ok(()));
+        return;
     }
-    let seeds: u64 = std::env::var("PGOUTBOX_SEEDS").map_or(SEEDS, |count| count.parse().expect("a number"));
-    let workers = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-    let failed = &AtomicBool::new(false);
+    let number = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().expect("a number"));
+    let (first, seeds) = (number("PGOUTBOX_FIRST_SEED").unwrap_or(0), number("PGOUTBOX_SEEDS").unwrap_or(SEEDS));
+    let campaign = Campaign { next: AtomicU64::new(first), end: first + seeds, ..Campaign::default() };
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
-        for worker in 0..workers {
-            scope.spawn(move || {
-                for seed in (0..seeds).filter(|seed| seed % workers == worker) {
-                    // One failing seed is enough to look at.
-                    if failed.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    let result = std::panic::catch_unwind(|| simulate(seed, false));
-                    failed.fetch_or(result.is_err(), Ordering::Relaxed);
-                    assert!(result.is_ok(), "seed {seed} failed: PGOUTBOX_SEED={seed} cargo test --test it simulation");
-                }
-            });
-        }
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(|| campaign.work())).collect();
+        workers.into_iter().for_each(|worker| worker.join().expect("verdicts are caught"));
     });
+    if let Some(plan) = campaign.failed.into_inner().unwrap() {
+        report(&plan);
+    }
+    let fired = campaign.fired.into_inner().unwrap();
+    for (fault, count) in FAULTS.iter().zip(fired) {
+        println!("{count:>9} {fault:?}: {}", fault.what());
+        assert!(seeds < SEEDS_ENOUGH || count > 0, "{fault:?} never struck in {seeds} seeds: it guards nothing");
+    }
 }
 
-fn simulate(seed: u64, verbose: bool) {
-    // The relay's own jitter too.
-    fastrand::seed(seed);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    runtime.block_on(async {
-        let world = World::new(seed);
-        run(&world).await;
-        if verbose {
-            println!("{}", world.log());
+/// Many seeds, on all cores.
+#[derive(Default)]
+struct Campaign {
+    next: AtomicU64,
+    end: u64,
+    done: AtomicU64,
+    stop: AtomicBool,
+    failed: Mutex<Option<Plan>>,
+    /// By kind.
+    fired: Mutex<Vec<u64>>,
+}
+
+impl Campaign {
+    /// Takes seeds until there are none, or one has failed: one is enough to look at.
+    fn work(&self) {
+        let began = std::time::Instant::now();
+        let mut fired = vec![0; FAULTS.len()];
+        while !self.stop.load(Ordering::Relaxed) {
+            let seed = self.next.fetch_add(1, Ordering::Relaxed);
+            if seed >= self.end {
+                break;
+            }
+            let simulated = simulate(&Plan::new(seed));
+            fired.iter_mut().zip(simulated.world.fired()).for_each(|(all, these)| *all += these);
+            if simulated.verdict.is_err() {
+                self.stop.store(true, Ordering::Relaxed);
+                self.failed.lock().unwrap().get_or_insert(Plan::new(seed));
+            }
+            self.progress(began);
         }
-        world.judge();
+        let mut all = self.fired.lock().unwrap();
+        all.resize(FAULTS.len(), 0);
+        all.iter_mut().zip(fired).for_each(|(all, these)| *all += these);
+    }
+
+    /// One line, over and over, past what holds back a test's output: a million seeds take a while.
+    fn progress(&self, began: std::time::Instant) {
+        let done = self.done.fetch_add(1, Ordering::Relaxed) + 1;
+        if done.is_multiple_of(10_000) {
+            let per_second = done as f64 / began.elapsed().as_secs_f64();
+            let _ = writeln!(std::io::stderr(), "simulation: {done} seeds, {per_second:.0} seeds/s");
+        }
+    }
+}
+
+/// Shrinks a failing plan and prints what it takes.
+fn report(plan: &Plan) -> ! {
+    let smallest = shrink::shrink(plan, |plan| simulate(plan).verdict.is_err());
+    let simulated = simulate(&smallest);
+    let verdict = simulated.verdict.err().unwrap_or_else(|| "it holds at the second try".to_owned());
+    let fired: Vec<String> = FAULTS
+        .iter()
+        .zip(simulated.world.fired())
+        .filter(|(_, count)| *count > 0)
+        .map(|(fault, count)| format!("{count} x {}", fault.what()))
+        .collect();
+    panic!(
+        "\n{}\n\nseed {} failed: {verdict}\nit takes: {}\nreplay: PGOUTBOX_SEED={smallest} cargo test --test it \
+         simulation::nothing -- --nocapture",
+        simulated.world.log(),
+        plan.seed,
+        if fired.is_empty() { "no fault at all".to_owned() } else { fired.join(", ") },
+    );
+}
+
+struct Simulated {
+    world: World,
+    verdict: Result<(), String>,
+}
+
+fn simulate(plan: &Plan) -> Simulated {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                hook(panic);
+            }
+        }));
     });
+    // The relay's own jitter too.
+    fastrand::seed(plan.seed);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let world = {
+        let _entered = runtime.enter();
+        runtime.block_on(async { World::new(plan) })
+    };
+    QUIET.set(true);
+    let result = catch_unwind(AssertUnwindSafe(|| runtime.block_on(run(&world))));
+    QUIET.set(false);
+    let verdict = match result {
+        Ok(()) => judge::judge(&world),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            Err(format!(
+                "panicked: {}",
+                text.or(panic.downcast_ref::<&str>().map(ToString::to_string)).unwrap_or_default()
+            ))
+        }
+    };
+    Simulated { world, verdict }
+}
+
+/// Processes live and die while faults last; those that live then live on until all is told.
+async fn run(world: &World) {
+    let second = async {
+        if world.strikes(Fault::SecondRelay) {
+            sleep(world.pause(Duration::from_secs(20))).await;
+            supervise(world).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        _ = join(supervise(world), second) => {}
+        () = heal(world) => {}
+    }
+}
+
+/// Ends all faults, and the patience with what should end by itself now.
+async fn heal(world: &World) {
+    let seconds = world.with(|state| state.plan.seconds);
+    sleep(Duration::from_secs(seconds)).await;
+    world.heal();
+    let (written, rows) = world.with(|state| {
+        let written = state.wal.last().map_or(Duration::ZERO, |entry| entry.at);
+        (written.saturating_sub(state.began.elapsed()), state.rows.len() as u32)
+    });
+    sleep(written + PATIENCE + PATIENCE_PER_ROW * rows).await;
+    world.accuse("never finished");
+}
+
+/// One life after the other.
+async fn supervise(world: &World) {
+    let metrics = Arc::new(Metrics::new());
+    while !(world.with(|state| state.healed) && world.is_all_told()) {
+        live(world, &metrics).await;
+        sleep(world.pause(Duration::from_secs(3))).await;
+    }
+}
+
+/// One life, ended from outside while faults last, from inside once all is told.
+async fn live(world: &World, metrics: &Arc<Metrics>) {
+    let span = world.pause(Duration::from_secs(30));
+    let settings = settings(world);
+    let life = world.begin_life(settings.window_messages);
+    let (stop, stopped) = watch::channel(false);
+    let process = freezing(world, life, process(world, life, &settings, metrics, stopped));
+    let told = Cell::new(None);
+    let end = async {
+        sleep(span).await;
+        let is_healed = || world.with(|state| state.healed);
+        // Once all is healed this life must do.
+        while !(is_healed() && world.is_all_told()) {
+            if !is_healed() && world.strikes(Fault::Kill) {
+                return;
+            }
+            if !is_healed() && world.strikes(Fault::Terminate) {
+                break;
+            }
+            sleep(Duration::from_millis(500)).await;
+        }
+        told.set(Some(Instant::now()));
+        stop.send_replace(true);
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        result = process => {
+            // A stop that gave up waiting leaves things open, and says so.
+            let in_time = told.get().map(|told: Instant| told.elapsed() < settings.drain_timeout);
+            judge::ended(world, life, &result, in_time);
+        }
+        () = end => judge::quiet(world, life),
+    }
+}
+
+/// Now and then the process does not run for a while, and the world does.
+async fn freezing<T>(world: &World, life: usize, process: impl Future<Output = T>) -> T {
+    let mut process = std::pin::pin!(process);
+    loop {
+        let awake = world.pause(Duration::from_secs(15));
+        tokio::select! {
+            biased;
+            result = &mut process => return result,
+            () = sleep(awake) => {}
+        }
+        if world.strikes(Fault::Freeze) {
+            world.with(|state| state.lives[life].frozen = true);
+            sleep(world.pause(Duration::from_secs(20))).await;
+            world.note(format!("process {life} runs again"));
+        }
+    }
+}
+
+fn settings(world: &World) -> Settings {
+    let is_harmless = world.with(|state| state.is_harmless);
+    world.random(|random| Settings {
+        window_messages: random.usize(1..20),
+        window_bytes: random.usize(1..10_000),
+        confirm_timeout: Duration::from_secs(5),
+        // Where nothing excuses a duplicate, a stop waits until an alarm is over.
+        drain_timeout: Duration::from_secs(if is_harmless { 600 } else { 5 }),
+        give_up_after: None,
+    })
+}
+
+/// One life of `pgoutbox run`.
+async fn process(
+    world: &World,
+    life: usize,
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+    stop: watch::Receiver<bool>,
+) -> Result<(), relay::Error> {
+    let mapping = Mapping {
+        table: "public.outbox".to_owned(),
+        columns: ColumnNames::default(),
+        destination: "{aggregatetype}".parse().unwrap(),
+    };
+    let database = FakeDatabase { world: world.clone(), life };
+    let broker = FakeBroker { world: world.clone(), life, metrics: metrics.clone() };
+    relay::run(database, broker, &mapping, settings, metrics, stop).await
 }
 
 #[tokio::test(start_paused = true)]
 async fn ready_is_said_all_along_while_the_stream_never_pauses() {
     let world = World::steady();
     let metrics = Arc::new(Metrics::new());
+    let settings = settings(&world);
+    let life = world.begin_life(settings.window_messages);
     let (stop, stopped) = watch::channel(false);
     let looking = async {
         sleep(Duration::from_secs(1)).await;
@@ -90,72 +322,8 @@ async fn ready_is_said_all_along_while_the_stream_never_pauses() {
     };
     tokio::select! {
         biased;
-        result = process(&world, &metrics, stopped) => result.unwrap(),
+        result = process(&world, life, &settings, &metrics, stopped) => result.unwrap(),
         () = looking => {}
     }
-    world.judge();
-}
-
-/// Processes live and die while faults last; then one lives on until all is settled.
-async fn run(world: &World) {
-    let (began, metrics) = (Instant::now(), Arc::new(Metrics::new()));
-    while began.elapsed() < FAULTS {
-        let life = world.random(|random| Duration::from_millis(random.u64(1..30_000)));
-        if !world.has_faults() || world.random(|random| random.bool()) {
-            // SIGTERM: no fault, so a seed without faults has its restarts too, and no duplicate.
-            let (stop, stopped) = watch::channel(false);
-            let process = process(world, &metrics, stopped);
-            let end = async {
-                sleep(life).await;
-                stop.send_replace(true);
-                std::future::pending::<()>().await;
-            };
-            tokio::select! {
-                biased;
-                result = process => result.unwrap_or_else(|error| panic!("{error}")),
-                () = end => {}
-            }
-        } else {
-            // kill -9: the future is dropped wherever it is.
-            let (_stop, stopped) = watch::channel(false);
-            if let Ok(result) = timeout(life, process(world, &metrics, stopped)).await {
-                result.unwrap_or_else(|error| panic!("{error}"));
-            }
-        }
-        world.note("process ended");
-    }
-    world.heal();
-    let (stop, stopped) = watch::channel(false);
-    let all_told = async {
-        let began = Instant::now();
-        while !world.is_all_told() {
-            assert!(began.elapsed() < PATIENCE, "never finished:\n{}", world.log());
-            sleep(Duration::from_millis(100)).await;
-        }
-        stop.send_replace(true);
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        biased;
-        result = process(world, &metrics, stopped) => result.unwrap_or_else(|error| panic!("{error}")),
-        () = all_told => {}
-    }
-}
-
-/// One life of `pgoutbox run`.
-async fn process(world: &World, metrics: &Arc<Metrics>, stop: watch::Receiver<bool>) -> Result<(), relay::Error> {
-    let settings = world.random(|random| Settings {
-        window_messages: random.usize(1..20),
-        window_bytes: random.usize(1..10_000),
-        confirm_timeout: Duration::from_secs(5),
-        drain_timeout: Duration::from_secs(5),
-        give_up_after: None,
-    });
-    let mapping = Mapping {
-        table: "public.outbox".to_owned(),
-        columns: ColumnNames::default(),
-        destination: "{aggregatetype}".parse().unwrap(),
-    };
-    let (database, broker) = (FakeDatabase::new(world), FakeBroker::new(world));
-    relay::run(database, broker, &mapping, &settings, metrics, stop).await
+    judge::judge(&world).unwrap_or_else(|problem| panic!("{problem}\n{}", world.log()));
 }

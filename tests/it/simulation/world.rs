@@ -1,0 +1,412 @@
+//! What really happens: one world that both fakes write to, and that only the judge reads afterwards.
+//!
+//! The trap: a fake that panics in a task of its own is not heard. What breaks a rule is an accusation, kept here until the
+//! simulation ends.
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pgoutbox::relay;
+use tokio::time::Instant;
+
+use super::faults::{Dice, Fault, KINDS, Plan};
+
+/// Shared by everything in one simulation.
+#[derive(Clone)]
+pub(super) struct World(Arc<Mutex<State>>);
+
+/// A row by its number: rows are numbered in commit order.
+pub(super) type Row = usize;
+
+/// A piece of WAL.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    /// When it is there.
+    pub(super) at: Duration,
+    pub(super) commit_lsn: u64,
+    pub(super) end_lsn: u64,
+    /// Outbox rows; none: other tables' WAL, of which only the position is seen.
+    pub(super) rows: std::ops::Range<Row>,
+    /// In which partition they are.
+    pub(super) partition: u32,
+}
+
+/// What became of a row.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Fate {
+    /// In which transaction, and which of its rows.
+    pub(super) name: (usize, usize),
+    /// The broker holds it and has said so.
+    pub(super) acknowledged: bool,
+    /// A failover has undone its transaction.
+    pub(super) undone: bool,
+    /// The broker has refused it at least once; and refuses it so many times more.
+    pub(super) refused: bool,
+    pub(super) refusals: u32,
+    /// It can never be a message; the broker could never take it.
+    pub(super) poisoned: bool,
+    pub(super) inadmissible: bool,
+}
+
+/// One life of a process, as the world sees it.
+#[derive(Default)]
+pub(super) struct Life {
+    /// By row: its receipt said so, on this timeline.
+    pub(super) known: Vec<bool>,
+    pub(super) timeline: u32,
+    /// The stream that it opened last.
+    pub(super) stream: Option<usize>,
+    pub(super) window_messages: usize,
+    /// Someone said that no retry can help.
+    pub(super) condemned: bool,
+    /// ... in a way that ends the process before it opens anything else.
+    pub(super) doomed: bool,
+    pub(super) frozen: bool,
+    /// The watch has told it to let go: what the stream says now is not what ends the session.
+    pub(super) is_leaving: bool,
+    /// This stream's goodbye has arrived.
+    pub(super) finished: Option<usize>,
+}
+
+/// A broker session and a stream, counted as one.
+pub(super) struct Stream {
+    pub(super) life: usize,
+    pub(super) epoch: u32,
+    pub(super) start: u64,
+    pub(super) last_status: Instant,
+    pub(super) told: u64,
+    /// The greatest position sent that may be told, and when.
+    pub(super) reached: u64,
+    pub(super) reached_at: Instant,
+    pub(super) in_transaction: bool,
+    /// The slot is free from then on.
+    pub(super) free_at: Option<Instant>,
+    pub(super) sent: Vec<Row>,
+    /// Of the sent rows, the first that cannot be delivered.
+    pub(super) barrier: Option<usize>,
+    pub(super) published: Vec<Row>,
+    /// Of the published ones, how many the relay knows to be settled, and since when.
+    pub(super) settled: usize,
+    pub(super) settled_at: Instant,
+    /// What was acknowledged when it began.
+    pub(super) before: Vec<bool>,
+    /// Something was done to it after which it need not tell all in time.
+    pub(super) is_excused: bool,
+}
+
+pub(super) struct State {
+    pub(super) random: fastrand::Rng,
+    pub(super) dice: Dice,
+    pub(super) plan: Plan,
+    pub(super) began: Instant,
+    pub(super) healed: bool,
+    /// Nothing happens that excuses a duplicate.
+    pub(super) is_harmless: bool,
+    pub(super) wal: Vec<Entry>,
+    pub(super) rows: Vec<Fate>,
+    /// Of each transaction ever written.
+    first_rows: Vec<Row>,
+    pub(super) timeline: u32,
+    /// Rises when the server goes and comes back: no stream outlives it.
+    pub(super) epoch: u32,
+    /// The slot in memory, and on disk.
+    pub(super) confirmed: u64,
+    pub(super) saved: u64,
+    /// The furthest position that a keepalive has named.
+    pub(super) announced: u64,
+    pub(super) holder: Option<usize>,
+    pub(super) streams: Vec<Stream>,
+    pub(super) lives: Vec<Life>,
+    /// Whether the server sends with pauses between.
+    pub(super) pauses: bool,
+    /// How long the broker waits before it confirms, in any case.
+    pub(super) confirm_after: Duration,
+    /// In the order of arrival at the queue.
+    pub(super) held: Vec<Row>,
+    pub(super) window_max: usize,
+    pub(super) accusation: Option<String>,
+    log: Vec<(Duration, Event)>,
+}
+
+/// A line of the log, not yet printed: a seed that holds prints none.
+enum Event {
+    Text(String),
+    Strike(Fault),
+    Publishes(usize, Row),
+    Sends(usize, Row),
+    Arrives(usize, Row, &'static str),
+    Told(usize, u64),
+}
+
+/// How long the writers may take between two transactions, and where the WAL begins.
+const GAP_MAX: u64 = 3000;
+pub(super) const WAL_START: u64 = 1000;
+
+impl World {
+    pub(super) fn new(plan: &Plan) -> Self {
+        let mut random = fastrand::Rng::with_seed(plan.seed);
+        let mut dice = Dice::new(plan, &mut random);
+        let (wal, rows) = write(plan, &mut random, &mut dice);
+        let state = State {
+            is_harmless: dice.is_harmless(),
+            random,
+            dice,
+            plan: plan.clone(),
+            began: Instant::now(),
+            healed: false,
+            first_rows: wal.iter().map(|entry| entry.rows.start).collect(),
+            wal,
+            rows,
+            timeline: 1,
+            epoch: 0,
+            confirmed: WAL_START,
+            saved: WAL_START,
+            announced: WAL_START,
+            holder: None,
+            streams: Vec::new(),
+            lives: Vec::new(),
+            pauses: true,
+            confirm_after: Duration::ZERO,
+            held: Vec::new(),
+            window_max: 0,
+            accusation: None,
+            log: Vec::new(),
+        };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// No faults, a row every 50 ms, and a broker that is always a little behind: the stream never pauses, and what is told
+    /// never catches up with what is read.
+    pub(super) fn steady() -> Self {
+        let world = Self::new(&Plan { strikes: 0, ..Plan::new(0) });
+        world.with(|state| {
+            state.pauses = false;
+            state.confirm_after = Duration::from_millis(300);
+            let entry = |number: usize| Entry {
+                at: Duration::from_millis(50 * number as u64),
+                commit_lsn: WAL_START + 48 * number as u64,
+                end_lsn: WAL_START + 48 * (number as u64 + 1),
+                rows: number..number + 1,
+                partition: 0,
+            };
+            state.wal = (0..600).map(entry).collect();
+            state.first_rows = (0..600).collect();
+            state.rows = (0..600).map(|number| Fate { name: (number, 0), ..Fate::default() }).collect();
+        });
+        world
+    }
+
+    pub(super) fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
+        act(&mut self.0.lock().unwrap())
+    }
+
+    pub(super) fn random<T>(&self, draw: impl FnOnce(&mut fastrand::Rng) -> T) -> T {
+        self.with(|state| draw(&mut state.random))
+    }
+
+    /// Some time up to `max`.
+    pub(super) fn pause(&self, max: Duration) -> Duration {
+        Duration::from_millis(self.random(|random| random.u64(1..=max.as_millis() as u64)))
+    }
+
+    /// Whether a fault of this kind strikes now.
+    pub(super) fn strikes(&self, fault: Fault) -> bool {
+        self.with(|state| state.strikes(fault))
+    }
+
+    /// No more faults.
+    pub(super) fn heal(&self) {
+        self.note("healed");
+        self.with(|state| {
+            state.dice.heal();
+            state.healed = true;
+            for row in &mut state.rows {
+                (row.refusals, row.poisoned, row.inadmissible) = (0, false, false);
+            }
+        });
+    }
+
+    pub(super) fn fired(&self) -> [u64; KINDS] {
+        self.with(|state| state.dice.fired)
+    }
+
+    pub(super) fn note(&self, event: impl Into<String>) {
+        self.with(|state| state.note(Event::Text(event.into())));
+    }
+
+    /// Something that must not be.
+    pub(super) fn accuse(&self, problem: impl Into<String>) {
+        self.with(|state| state.accuse(problem));
+    }
+
+    pub(super) fn log(&self) -> String {
+        self.with(|state| {
+            let lines = state.log.iter().map(|(at, event)| format!("{:>9.3} {}", at.as_secs_f64(), state.tell(event)));
+            lines.collect::<Vec<_>>().join("\n")
+        })
+    }
+
+    /// A process begins.
+    pub(super) fn begin_life(&self, window_messages: usize) -> usize {
+        self.with(|state| {
+            let known = vec![false; state.rows.len()];
+            state.lives.push(Life { known, window_messages, ..Life::default() });
+            state.window_max = state.window_max.max(window_messages);
+            state.lives.len() - 1
+        })
+    }
+
+    pub(super) fn is_all_told(&self) -> bool {
+        self.with(|state| {
+            let last = state.wal.last().map_or(0, |entry| entry.end_lsn);
+            state.confirmed >= last && state.wal.last().is_none_or(|entry| entry.at <= state.began.elapsed())
+        })
+    }
+}
+
+impl State {
+    pub(super) fn strikes(&mut self, fault: Fault) -> bool {
+        let strikes = self.dice.strikes(fault);
+        if strikes {
+            self.note(Event::Strike(fault));
+        }
+        strikes
+    }
+
+    pub(super) fn accuse(&mut self, problem: impl Into<String>) {
+        let problem = problem.into();
+        self.note(Event::Text(format!("ACCUSED: {problem}")));
+        self.accusation.get_or_insert(problem);
+    }
+
+    fn note(&mut self, event: Event) {
+        self.log.push((self.began.elapsed(), event));
+    }
+
+    pub(super) fn sends(&mut self, stream: usize, row: Row) {
+        self.streams[stream].sent.push(row);
+        self.note(Event::Sends(stream, row));
+    }
+
+    pub(super) fn publishes(&mut self, stream: usize, row: Row) {
+        self.streams[stream].published.push(row);
+        self.note(Event::Publishes(stream, row));
+    }
+
+    pub(super) fn arrives(&mut self, stream: usize, row: Row, verdict: &'static str) {
+        self.note(Event::Arrives(stream, row, verdict));
+    }
+
+    pub(super) fn hears(&mut self, stream: usize, lsn: u64) {
+        self.note(Event::Told(stream, lsn));
+    }
+
+    pub(super) fn note_end(&mut self, life: usize, result: &Result<(), relay::Error>) {
+        let how = result.as_ref().map_or_else(ToString::to_string, |()| "well".to_owned());
+        self.note(Event::Text(format!("process {life} ends: {how}")));
+    }
+
+    /// The row as it is called in the log and at the broker.
+    pub(super) fn name(&self, row: Row) -> String {
+        let (transaction, number) = self.rows[row].name;
+        format!("{transaction}.{number}")
+    }
+
+    /// The row that has this name.
+    pub(super) fn row(&self, name: &str) -> Row {
+        let (transaction, number) = name.split_once('.').expect("names are made by `name`");
+        self.first_rows[transaction.parse::<usize>().unwrap()] + number.parse::<usize>().unwrap()
+    }
+
+    /// How far the server's WAL goes.
+    pub(super) fn wal_end(&self) -> u64 {
+        let now = self.began.elapsed();
+        let end = self.wal.iter().take_while(|entry| entry.at <= now).map(|entry| entry.end_lsn).last();
+        end.unwrap_or(WAL_START).max(self.confirmed).max(self.announced)
+    }
+
+    /// A crash: the slot comes back as it was saved last.
+    pub(super) fn crash_postgres(&mut self) {
+        if self.random.bool() {
+            self.saved = self.confirmed;
+        }
+        self.confirmed = self.saved;
+        self.epoch += 1;
+    }
+
+    /// A standby takes over that had not received everything; another history follows at the same positions.
+    pub(super) fn fail_over(&mut self) {
+        let now = self.began.elapsed();
+        let there = self.wal.iter().filter(|entry| entry.at <= now).count();
+        // The slot on the standby lags too, and never stands beyond the standby's WAL.
+        let reached = self.wal.iter().take(there).filter(|entry| entry.end_lsn <= self.saved).count();
+        let kept = self.random.usize(reached..=there);
+        let lost: Vec<Entry> = self.wal.drain(kept..there).collect();
+        for row in lost.iter().flat_map(|entry| entry.rows.clone()) {
+            self.rows[row].undone = true;
+        }
+        let removed: u64 = lost.last().map_or(0, |last| {
+            let before = kept.checked_sub(1).map_or(WAL_START, |index| self.wal[index].end_lsn);
+            last.end_lsn - before.max(self.saved)
+        });
+        for entry in self.wal.iter_mut().skip(kept) {
+            entry.commit_lsn -= removed;
+            entry.end_lsn -= removed;
+        }
+        self.timeline += 1;
+        self.epoch += 1;
+        self.confirmed = self.saved;
+        self.announced = self.saved;
+    }
+
+    fn tell(&self, event: &Event) -> impl fmt::Display {
+        match event {
+            Event::Text(text) => text.clone(),
+            Event::Strike(fault) => format!("FAULT: {} ({fault:?})", fault.what()),
+            Event::Publishes(stream, row) => format!("relay: session {stream} publishes {}", self.name(*row)),
+            Event::Sends(stream, row) => format!("Postgres: sends {} in session {stream}", self.name(*row)),
+            Event::Arrives(stream, row, verdict) => {
+                format!("broker: {verdict} {} of session {stream}", self.name(*row))
+            }
+            Event::Told(stream, lsn) => format!("Postgres: hears {lsn} in session {stream}"),
+        }
+    }
+}
+
+/// What the applications write in this seed.
+fn write(plan: &Plan, random: &mut fastrand::Rng, dice: &mut Dice) -> (Vec<Entry>, Vec<Fate>) {
+    let (mut wal, mut rows) = (Vec::new(), Vec::new());
+    let (mut lsn, mut at, mut burst) = (WAL_START, 0, 0);
+    let mut huge = false;
+    for number in 0..random.u32(5..40).min(plan.transactions) {
+        if dice.strikes(Fault::Burst) {
+            burst = random.u32(3..10);
+        }
+        burst = burst.saturating_sub(1);
+        at += if burst > 0 { 0 } else { random.u64(0..GAP_MAX) };
+        if dice.strikes(Fault::LongSilence) {
+            at += random.u64(20_000..40_000);
+        }
+        // Sometimes nothing lies between two commits, sometimes much.
+        let between = if random.u8(..) < 20 { random.u64(..1_000_000) * 8 } else { random.u64(0..3) * 8 };
+        let commit_lsn = lsn + between;
+        let end_lsn = commit_lsn + 48;
+        lsn = end_lsn;
+        let mut count = if random.u8(..) < 180 { random.usize(1..12) } else { 0 };
+        if !huge && plan.transactions > 1 && dice.strikes(Fault::HugeTransaction) {
+            (huge, count) = (true, random.usize(200..1500));
+        }
+        let first = rows.len();
+        for row in 0..count {
+            // Once in a transaction at most: the relay stops at each.
+            let is_first = row == 0;
+            let poisoned = is_first && dice.strikes(Fault::Poison);
+            let inadmissible = is_first && dice.strikes(Fault::Inadmissible);
+            rows.push(Fate { name: (number as usize, row), poisoned, inadmissible, ..Fate::default() });
+        }
+        let partition = if dice.strikes(Fault::UnknownPartition) { number } else { 0 };
+        wal.push(Entry { at: Duration::from_millis(at), commit_lsn, end_lsn, rows: first..rows.len(), partition });
+    }
+    (wal, rows)
+}
