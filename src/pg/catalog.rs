@@ -35,6 +35,9 @@ impl Drop for Control {
     }
 }
 
+/// Microseconds of the server's start: no two servers share them.
+pub(super) const STARTED: &str = "select extract(epoch from pg_catalog.pg_postmaster_start_time())::text";
+
 impl Control {
     /// Connects to the first host that is a primary, or else to the first that answers.
     ///
@@ -82,6 +85,14 @@ impl Control {
     /// The client, for verbs that change things.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Which run of a server this is.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn started(&self) -> Result<String, Error> {
+        Ok(self.one(STARTED, &[]).await?.try_get(0)?)
     }
 
     /// Resolves when the connection ends, with the reason. A stopping server ends it at once, whatever its walsenders

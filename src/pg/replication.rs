@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use tokio::time::timeout;
 
+use super::catalog::STARTED;
 use super::connection::{Connection, Frame};
 use super::error::{Error, ServerError};
 use super::settings::{Host, Settings};
@@ -97,6 +98,33 @@ impl Replication {
         let timeline = columns.next().and_then(|text| text.parse().ok()).ok_or_else(wrong)?;
         let position = columns.next().and_then(|text| text.parse().ok()).ok_or_else(wrong)?;
         Ok((Identity { system, timeline }, position))
+    }
+
+    /// Where the history of this timeline left the earlier one, `left`; `None` when the server cannot tell, or when the one
+    /// does not come from the other.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn switch_point(&mut self, timeline: u32, left: u32) -> Result<Option<Lsn>, Error> {
+        match self.ask(&format!("TIMELINE_HISTORY {timeline}")).await {
+            Ok(rows) => Ok(rows.into_iter().flatten().nth(1).flatten().and_then(|history| parted(&history, left))),
+            // A history file can be missing where an archive was restored.
+            Err(Error::Server(error)) => {
+                tracing::warn!("the history of timeline {timeline} is not to be had: {error}");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Which run of a server this is: the same as [`Control::started`](super::catalog::Control::started) of the same one.
+    ///
+    /// # Errors
+    /// `Protocol` when the answer is not one.
+    pub async fn started(&mut self) -> Result<String, Error> {
+        let rows = self.ask(STARTED).await?;
+        let wrong = || Error::Protocol("no start time of the server".to_owned());
+        rows.into_iter().flatten().flatten().next().ok_or_else(wrong)
     }
 
     /// `wal_sender_timeout` of this session; `None` when it is switched off.
@@ -193,6 +221,17 @@ impl Stream {
     }
 }
 
+/// The line of a history file (`src/backend/access/transam/timeline.c`) that ends this timeline: its number, the position
+/// where the next one begins, a reason.
+fn parted(history: &str, left: u32) -> Option<Lsn> {
+    history.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let timeline: u32 = words.next()?.parse().ok()?;
+        let end = words.next()?.parse().ok()?;
+        (timeline == left).then_some(end)
+    })
+}
+
 fn event(frame: Frame) -> Result<Option<Event>, Error> {
     match frame.tag {
         b'd' => copy_data(frame.body).map(Some),
@@ -285,6 +324,15 @@ mod tests {
         assert_eq!(parse_duration("2500ms"), Some(Some(Duration::from_millis(2500))));
         assert_eq!(parse_duration("0"), Some(None));
         assert_eq!(parse_duration("soon"), None);
+    }
+
+    #[test]
+    fn a_timeline_ends_where_its_line_in_the_history_says() {
+        let history = "1\t0/3000158\tno recovery target specified\n\n# a comment\n3\t16/B374D848\tbefore 2026-01-01\n";
+        assert_eq!(parted(history, 1), Some(Lsn::new(0x300_0158)));
+        assert_eq!(parted(history, 3), Some(Lsn::new(0x16_B374_D848)));
+        assert_eq!(parted(history, 2), None);
+        assert_eq!(parted("1", 1), None);
     }
 
     #[test]

@@ -5,13 +5,13 @@
 //! messages are proven one by one, up to the refused one if there was one: a message that stays refused costs one window of
 //! duplicates, once.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
-use super::progress::Caution;
+use super::progress::{self, Caution, Progress};
 use super::reader::Read;
 use super::{Error, Settings};
 use crate::lsn::Lsn;
@@ -101,6 +101,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) items: mpsc::Receiver<Read>,
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,
+    pub(super) progress: &'a Mutex<Progress>,
     pub(super) metrics: &'a Metrics,
     pub(super) caution: Caution,
 }
@@ -112,13 +113,13 @@ struct Run {
     shares: Vec<Share>,
     committed_at: Vec<u64>,
     bytes: usize,
-    last: Option<Position>,
+    positions: Vec<Position>,
     checkpoint: Option<Lsn>,
 }
 
 impl Run {
     fn add(&mut self, position: Position, message: Message, share: Share) {
-        self.last = Some(position);
+        self.positions.push(position);
         self.committed_at.push(message.committed_at);
         self.bytes += message.bytes();
         self.messages.push(message);
@@ -185,6 +186,11 @@ impl<K: Sink> Publisher<'_, K> {
     async fn publish(&mut self, run: Run) -> Result<(), Error> {
         let count = run.messages.len();
         let alone = run.messages.first().filter(|_| self.caution.is_on()).map(|message| message.id.clone());
+        {
+            // Before it is: after a failure, any part of it may have arrived.
+            let mut progress = progress::lock(self.progress);
+            run.positions.iter().for_each(|position| progress.publish(*position));
+        }
         let receipt = if count > 0 { Some(self.sink.publish(run.messages).await?) } else { None };
         self.metrics.published.inc_by(count as u64);
         self.metrics.in_flight_messages.inc_by(i64::try_from(count).unwrap_or(i64::MAX));
@@ -192,7 +198,7 @@ impl<K: Sink> Publisher<'_, K> {
         let settling = Settling {
             receipt,
             shares: run.shares,
-            last: run.last,
+            last: run.positions.last().copied(),
             committed_at: run.committed_at,
             bytes: run.bytes,
             checkpoint: run.checkpoint,

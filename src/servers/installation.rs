@@ -96,6 +96,10 @@ impl Installation {
         command
     }
 
+    pub(super) fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     fn user_may(&self, right: &str, path: &Path) -> Result<bool, Error> {
         let mut test = self.as_user("test");
         let answer = test.arg(right).arg(path).current_dir("/").status();

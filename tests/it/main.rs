@@ -5,6 +5,7 @@
 mod crashes;
 mod delivery;
 mod demo;
+mod failover;
 mod feedback;
 mod memory;
 mod outages;

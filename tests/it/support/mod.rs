@@ -3,7 +3,9 @@
 //! The traps. A test that skips itself when a server is missing passes for ever: a missing server fails here, with the
 //! remedy. And servers are dear: tests that break nothing share one of each, with a database, slot and exchange of their own.
 
+pub(crate) mod address;
 pub(crate) mod consumer;
+pub(crate) mod failover;
 pub(crate) mod load;
 pub(crate) mod proxy;
 pub(crate) mod relay;
