@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use pgoutbox::lsn::Lsn;
 use pgoutbox::servers::Postgres;
 
 use super::address::Address;
@@ -182,7 +183,12 @@ pub(crate) async fn lagging_standby(bin: &Path) -> Outcome {
     pair.outbox.wait_confirmed(pair.outbox.current().await).await;
     pair.primary.kill().unwrap();
     pair.standby.start_again().unwrap();
+    let left_at = Lsn::new(relay.metric("pgoutbox_confirmed_lsn") as u64);
     pair.promote().await;
+    // Rows where the relay's old position still lies ahead, and then WAL that passes it: whoever begins there skips them.
+    pair.insert(20).await;
+    pair.outbox.sql("create table noise as select generate_series(1, 50000) n").await;
+    assert!(pair.outbox.current().await > left_at, "the new primary's WAL has passed the old position");
     pair.address.lead_to(pair.standby.port());
     pair.judge(relay, 20).await
 }
