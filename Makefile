@@ -11,7 +11,8 @@ demo: ## Postgres, RabbitMQ and pgoutbox, started here and gone afterwards
 
 test: ## every test, against real servers
 	@scripts/install-servers
-	@scripts/install-postgres-18
+	@scripts/install-postgres-versions
+	@scripts/install-rabbitmq-4
 	cargo test --all-targets
 	cargo test --doc
 

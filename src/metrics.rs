@@ -30,6 +30,8 @@ pub struct Metrics {
     pub settled: Counter,
     /// Messages that the broker refused, by reason.
     pub refused: Family<Reason, Counter>,
+    /// Messages published from transactions that the new primary does not have.
+    pub published_beyond_switchpoint: Counter,
     /// Messages published and not settled.
     pub in_flight_messages: Gauge,
     /// Their bytes.
@@ -96,6 +98,7 @@ impl Metrics {
             published: Counter::default(),
             settled: Counter::default(),
             refused: Family::default(),
+            published_beyond_switchpoint: Counter::default(),
             in_flight_messages: Gauge::default(),
             in_flight_bytes: Gauge::default(),
             commit_to_settled: Histogram::new(COMMIT_TO_SETTLED_BUCKETS),
@@ -121,6 +124,11 @@ impl Metrics {
         registry.register("published", "Messages written to the broker", self.published.clone());
         registry.register("settled", "Messages that the broker holds", self.settled.clone());
         registry.register("refused", "Messages that the broker refused", self.refused.clone());
+        registry.register(
+            "published_beyond_switchpoint",
+            "Messages published from transactions that the primary after a failover does not have",
+            self.published_beyond_switchpoint.clone(),
+        );
         registry.register(
             "in_flight_messages",
             "Messages published and not yet settled",
@@ -294,6 +302,7 @@ mod tests {
             "pgoutbox_published_total 0",
             "pgoutbox_settled_total 0",
             "pgoutbox_refused_total{reason=\"unroutable\"} 1",
+            "pgoutbox_published_beyond_switchpoint_total 0",
             "pgoutbox_in_flight_messages 0",
             "pgoutbox_in_flight_bytes 0",
             "pgoutbox_commit_to_settled_seconds_count 0",

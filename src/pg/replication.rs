@@ -111,6 +111,23 @@ impl Replication {
         Ok((Identity { system, timeline }, position))
     }
 
+    /// Where the history of this timeline left the earlier one, `left`; `None` when the server cannot tell, or when the one
+    /// does not come from the other.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn switch_point(&mut self, timeline: u32, left: u32) -> Result<Option<Lsn>, Error> {
+        match self.ask(&format!("TIMELINE_HISTORY {timeline}")).await {
+            Ok(rows) => Ok(rows.into_iter().flatten().nth(1).flatten().and_then(|history| parted(&history, left))),
+            // A history file can be missing where an archive was restored.
+            Err(Error::Server(error)) => {
+                tracing::warn!("the history of timeline {timeline} is not to be had: {error}");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// `wal_sender_timeout` of this session; `None` when it is switched off.
     ///
     /// # Errors
@@ -203,6 +220,17 @@ impl Stream {
         let deadline = Error::Timeout { during: "ending the stream", after: FINISH_TIMEOUT };
         timeout(FINISH_TIMEOUT, ended).await.unwrap_or(Err(deadline))
     }
+}
+
+/// The line of a history file (`src/backend/access/transam/timeline.c`) that ends this timeline: its number, the position
+/// where the next one begins, a reason.
+fn parted(history: &str, left: u32) -> Option<Lsn> {
+    history.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let timeline: u32 = words.next()?.parse().ok()?;
+        let end = words.next()?.parse().ok()?;
+        (timeline == left).then_some(end)
+    })
 }
 
 /// What a frame of a stream says; `None` for what says nothing about the stream.
@@ -301,6 +329,15 @@ mod tests {
         assert_eq!(parse_duration("2500ms"), Some(Some(Duration::from_millis(2500))));
         assert_eq!(parse_duration("0"), Some(None));
         assert_eq!(parse_duration("soon"), None);
+    }
+
+    #[test]
+    fn a_timeline_ends_where_its_line_in_the_history_says() {
+        let history = "1\t0/3000158\tno recovery target specified\n\n# a comment\n3\t16/B374D848\tbefore 2026-01-01\n";
+        assert_eq!(parted(history, 1), Some(Lsn::new(0x300_0158)));
+        assert_eq!(parted(history, 3), Some(Lsn::new(0x16_B374_D848)));
+        assert_eq!(parted(history, 2), None);
+        assert_eq!(parted("1", 1), None);
     }
 
     #[test]

@@ -9,11 +9,12 @@
 //! Three stations, each a plain loop, joined by bounded queues. The position takes the same road as the data: a checkpoint
 //! comes out of the settler only after every receipt before it, because a queue is a queue.
 //!
-//! Reading order: `progress`, `lease`, `reader`, `publisher`, `settler`, `session`, `postgres`.
+//! Reading order: `progress` with `published`, `lease`, `reader`, `publisher`, `settler`, `session`, `postgres`.
 
 mod lease;
 pub mod postgres;
 pub mod progress;
+mod published;
 mod publisher;
 mod reader;
 mod session;
@@ -28,6 +29,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub use progress::Progress;
+pub use published::Beyond;
 
 use crate::lsn::Lsn;
 use crate::metrics::{End, Metrics, Reason};

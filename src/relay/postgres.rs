@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, interval, sleep, timeout};
 
-use super::{Database, Error, Opened, Progress, Source, Watch};
+use super::{Beyond, Database, Error, Opened, Progress, Source, Watch};
+use crate::lsn::Lsn;
 use crate::metrics::Metrics;
 use crate::outbox::{Mapping, Tables};
 use crate::pg::catalog::Control;
@@ -138,6 +139,26 @@ impl Postgres {
         Ok(())
     }
 
+    /// Messages of transactions that this primary does not have stay delivered; all that can be done is to say so.
+    fn count_beyond(&self, beyond: Beyond, from: u32, to: u32, switch_point: Option<Lsn>) {
+        self.metrics.published_beyond_switchpoint.inc_by(beyond.at_least);
+        let Beyond { at_least, at_most } = beyond;
+        let switch_point = switch_point.map_or_else(|| "unknown".to_owned(), |lsn| lsn.to_string());
+        if at_most > 0 {
+            tracing::error!(
+                from,
+                to,
+                switch_point,
+                at_least,
+                at_most,
+                "failover: messages were published whose transactions this primary does not have: those with an \
+                 x-outbox-lsn at or beyond the switch point"
+            );
+        } else {
+            tracing::info!(from, to, switch_point, "failover: nothing was published that this primary does not have");
+        }
+    }
+
     fn measure(&self, slot: &Slot) {
         let gauge = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         self.metrics.wal_lag_bytes.set(gauge(slot.server.bytes_since(slot.confirmed)));
@@ -162,6 +183,10 @@ impl Database for Postgres {
         let slot = world.slot.as_ref().map(|slot| slot.confirmed).unwrap_or_default();
         let mut replication = Replication::open(&control, &self.settings).await?;
         let (identity, server) = replication.identify().await?;
+        if let Some(left) = progress.left_behind(&identity) {
+            let switch_point = replication.switch_point(identity.timeline, left).await?;
+            self.count_beyond(progress.beyond(switch_point), left, identity.timeline, switch_point);
+        }
         let silence_max = replication.sender_timeout().await?.unwrap_or(SILENCE_MAX);
         let start = progress.begin(identity.clone(), server, &self.names.slot, slot)?;
         let late = pg::Error::Timeout { during: "starting to stream", after: START_TIMEOUT };

@@ -7,6 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::Error;
+use super::published::{Beyond, Published};
 use crate::lsn::Lsn;
 use crate::outbox::Position;
 use crate::pg::replication::Identity;
@@ -25,6 +26,8 @@ pub struct Progress {
     contended: bool,
     /// How the last session ended, if by the broker's doing.
     caution: Caution,
+    /// What went to the broker from this system and timeline.
+    published: Published,
 }
 
 /// Messages to be proven one by one before many are sent.
@@ -62,6 +65,22 @@ impl Progress {
     /// What the next session proves one by one before it sends many.
     pub fn caution(&self) -> &Caution {
         &self.caution
+    }
+
+    /// The timeline that `identity` has left behind, if it is the same system's and a later one: a failover.
+    pub fn left_behind(&self, identity: &Identity) -> Option<u32> {
+        let known = self.identity.as_ref().filter(|known| known.system == identity.system)?;
+        (known.timeline < identity.timeline).then_some(known.timeline)
+    }
+
+    /// How many messages were published whose transactions a server does not have that parted from ours at `switch_point`.
+    pub fn beyond(&self, switch_point: Option<Lsn>) -> Beyond {
+        self.published.beyond(switch_point)
+    }
+
+    /// This message goes to the broker.
+    pub fn publish(&mut self, position: Position) {
+        self.published.add(position);
     }
 
     /// Where a new stream begins, on this server whose WAL ends at `server` and whose slot stands at `confirmed`.
@@ -184,6 +203,19 @@ mod tests {
             assert!(!progress.has(Position { commit_lsn: lsn(600), seq: 0 }), "{identity:?}");
             assert_eq!(progress.settled(), lsn(120));
         }
+    }
+
+    #[test]
+    fn what_was_published_counts_for_its_own_timeline_only() {
+        let mut progress = settled();
+        progress.publish(Position { commit_lsn: lsn(450), seq: 0 });
+        progress.publish(Position { commit_lsn: lsn(600), seq: 0 });
+        assert_eq!(progress.left_behind(&on("a", 1)), None);
+        assert_eq!(progress.left_behind(&on("b", 2)), None);
+        assert_eq!(progress.left_behind(&on("a", 2)), Some(1));
+        assert_eq!(progress.beyond(Some(lsn(600))), Beyond { at_least: 1, at_most: 1 });
+        progress.begin(on("a", 2), lsn(1000), "s", lsn(300)).unwrap();
+        assert_eq!(progress.beyond(Some(lsn(1))), Beyond::default());
     }
 
     #[test]

@@ -5,14 +5,14 @@
 //! messages are proven one by one, up to the refused one if there was one: a message that stays refused costs one window of
 //! duplicates, once.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{sleep, timeout};
 
 use super::lease::Lease;
-use super::progress::Caution;
+use super::progress::{self, Caution, Progress};
 use super::reader::Read;
 use super::{Error, Settings};
 use crate::lsn::Lsn;
@@ -102,6 +102,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) items: mpsc::Receiver<Read>,
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,
+    pub(super) progress: &'a Mutex<Progress>,
     pub(super) metrics: &'a Metrics,
     pub(super) lease: &'a Lease,
     pub(super) caution: Caution,
@@ -114,13 +115,13 @@ struct Run {
     shares: Vec<Share>,
     committed_at: Vec<u64>,
     bytes: usize,
-    last: Option<Position>,
+    positions: Vec<Position>,
     checkpoint: Option<Lsn>,
 }
 
 impl Run {
     fn add(&mut self, position: Position, message: Message, share: Share) {
-        self.last = Some(position);
+        self.positions.push(position);
         self.committed_at.push(message.committed_at);
         self.bytes += message.bytes();
         self.messages.push(message);
@@ -193,6 +194,8 @@ impl<K: Sink> Publisher<'_, K> {
             if !self.may_publish().await? {
                 return Ok(false);
             }
+            // Before it is: after a failure, any part of it may have arrived.
+            self.note(&run.positions);
             Some(self.sink.publish(run.messages).await?)
         } else {
             None
@@ -203,7 +206,7 @@ impl<K: Sink> Publisher<'_, K> {
         let settling = Settling {
             receipt,
             shares: run.shares,
-            last: run.last,
+            last: run.positions.last().copied(),
             committed_at: run.committed_at,
             bytes: run.bytes,
             checkpoint: run.checkpoint,
@@ -220,6 +223,11 @@ impl<K: Sink> Publisher<'_, K> {
             }
         }
         Ok(true)
+    }
+
+    fn note(&self, positions: &[Position]) {
+        let mut progress = progress::lock(self.progress);
+        positions.iter().for_each(|position| progress.publish(*position));
     }
 
     /// Waits until Postgres was heard lately, where the channel was full for long; the reader ends the session if it never is.

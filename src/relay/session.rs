@@ -118,8 +118,16 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         feedback: Feedback::new(opened.start),
     };
     let window = Window::new(settings);
-    let publisher =
-        Publisher { sink: &mut sink, items: items_out, runs: runs_in, window, metrics, lease: &lease, caution };
+    let publisher = Publisher {
+        sink: &mut sink,
+        items: items_out,
+        runs: runs_in,
+        window,
+        progress,
+        metrics,
+        lease: &lease,
+        caution,
+    };
     let confirm_timeout = settings.confirm_timeout;
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {

@@ -106,6 +106,32 @@ impl Postgres {
         if promoted.success() { Ok(()) } else { Err(Error::refused("promote PostgreSQL", tail(&self.log()))) }
     }
 
+    /// A standby of this server, with `settings` of its own on top of this one's; this one is restarted for it.
+    ///
+    /// A copy of a server that stopped in good order is a base backup. It needs no `pg_basebackup`, which unpacked packages
+    /// may lack. Replication slots are not copied, as `pg_basebackup` would not.
+    pub fn standby(&mut self, settings: &[(&str, &str)]) -> Result<Self, Error> {
+        let mut standby = Self::prepare(self.installation.bin())?;
+        self.stop("fast", STOP_WITHIN)?;
+        let mut copy = Command::new("cp");
+        copy.arg("-a").arg("--").arg(self.data.join(".")).arg(&standby.data);
+        if !copy.status().map_err(Error::io("run cp"))?.success() {
+            return Err(Error::refused("copy the data of PostgreSQL", "cp failed"));
+        }
+        let slots = standby.data.join("pg_replslot");
+        std::fs::remove_dir_all(&slots).map_err(Error::io("remove the copied slots"))?;
+        std::fs::create_dir(&slots).map_err(Error::io("make pg_replslot"))?;
+        self.installation.give(&slots, 0o700)?;
+        let signal = standby.data.join("standby.signal");
+        std::fs::write(&signal, "").map_err(Error::io("write standby.signal"))?;
+        self.installation.give(&signal, 0o600)?;
+        standby.configure(settings)?;
+        let primary = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port);
+        standby.append_conf(&format!("primary_conninfo = {}", quoted(&primary)))?;
+        self.start_again()?;
+        standby.start_again().map(|()| standby)
+    }
+
     /// `postgres://postgres@127.0.0.1:PORT/postgres`, a superuser.
     pub fn url(&self) -> String {
         self.url_for("postgres", None, "postgres")
@@ -270,11 +296,17 @@ impl Postgres {
             let wrote = format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
             return Err(Error::refused("initialise PostgreSQL", tail(&wrote)));
         }
+        self.configure(&DEFAULTS)?;
+        self.configure(settings)?;
+        std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST).map_err(Error::io("write pg_hba.conf"))
+    }
+
+    fn configure(&self, settings: &[(&str, &str)]) -> Result<(), Error> {
         self.place()?;
-        for (name, value) in DEFAULTS.iter().chain(settings) {
+        for (name, value) in settings {
             self.append_conf(&format!("{name} = {}", quoted(value)))?;
         }
-        std::fs::write(self.data.join("pg_hba.conf"), HBA_TRUST).map_err(Error::io("write pg_hba.conf"))
+        Ok(())
     }
 
     /// Writes down where it listens.

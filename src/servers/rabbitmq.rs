@@ -5,7 +5,7 @@
 //! environment. So the script under `/usr/lib` runs with an environment of its own, told to `exec` (the child we hold *is*
 //! the Erlang machine), and epmd is our child as well, on a port of its own.
 
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -21,8 +21,10 @@ use super::keeper::Keeper;
 use super::process::{Process, gone_within, true_within};
 use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
 
-/// Where Debian, and RabbitMQ's own packages, put the scripts.
-const BIN: &str = "/usr/lib/rabbitmq/bin";
+/// Where Debian, and RabbitMQ's own packages, put the scripts and Erlang, below the root.
+const BIN: &str = "usr/lib/rabbitmq/bin";
+const ERLANG: &str = "usr/lib/erlang/bin";
+const SYSTEM_PATH: &str = "/usr/sbin:/usr/bin:/bin";
 const REMEDY: &str = "run `apt-get install rabbitmq-server`";
 
 /// It takes seconds on an idle machine; a machine that is building takes several times that.
@@ -37,6 +39,7 @@ const FRAME_METHOD: u8 = 1;
 /// A private RabbitMQ node without plugins; dropping it kills it and removes its data.
 #[derive(Debug)]
 pub struct RabbitMq {
+    root: PathBuf,
     node: String,
     port: u16,
     distribution_port: u16,
@@ -49,12 +52,18 @@ pub struct RabbitMq {
 }
 
 impl RabbitMq {
-    /// Starts a node and returns when it answers on its AMQP port.
+    /// Starts a node of the RabbitMQ that is installed and returns when it answers on its AMQP port.
     pub fn start() -> Result<Self, Error> {
+        Self::start_from(Path::new("/"))
+    }
+
+    /// The same for what is unpacked below `root` as Debian would install it: the scripts in `usr/lib/rabbitmq/bin`, and in
+    /// `usr/lib/erlang/bin` an `erl` and an `epmd` that run from there (see `scripts/install-rabbitmq-4`).
+    pub fn start_from(root: &Path) -> Result<Self, Error> {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let mut server = Self::prepare()?;
+            let mut server = Self::prepare(root)?;
             match server.start_again() {
                 Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
                 result => return result.map(|()| server),
@@ -120,7 +129,7 @@ impl RabbitMq {
         let _ = std::fs::rename(self.path("rabbit.log"), self.path("rabbit.log.before"));
         let console = File::create(self.path("console.log")).map_err(Error::io("make RabbitMQ's console log"))?;
         let errors = console.try_clone().map_err(Error::io("make RabbitMQ's console log"))?;
-        let beam = self.command(&Path::new(BIN).join("rabbitmq-server")).stdout(console).stderr(errors).spawn();
+        let beam = self.command(&self.root.join(BIN).join("rabbitmq-server")).stdout(console).stderr(errors).spawn();
         self.beam = Some(beam.map_err(Error::io("run rabbitmq-server"))?);
         if let Some(process) = self.process() {
             self.keeper.tell(process, "KILL")?;
@@ -140,7 +149,7 @@ impl RabbitMq {
 
     /// What `rabbitmqctl --quiet ARGS` against this node prints. It takes about a second: it is an Erlang machine too.
     pub fn ctl(&self, args: &[&str]) -> Result<String, Error> {
-        let mut ctl = self.command(&Path::new(BIN).join("rabbitmqctl"));
+        let mut ctl = self.command(&self.root.join(BIN).join("rabbitmqctl"));
         let output = ctl.arg("--quiet").args(args).output().map_err(Error::io("run rabbitmqctl"))?;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() {
@@ -150,19 +159,21 @@ impl RabbitMq {
         Err(Error::refused(format!("run rabbitmqctl {}", args.join(" ")), why.trim()))
     }
 
-    fn prepare() -> Result<Self, Error> {
-        let script = Path::new(BIN).join("rabbitmq-server");
+    fn prepare(root: &Path) -> Result<Self, Error> {
+        let script = root.join(BIN).join("rabbitmq-server");
         if !script.is_file() {
             let looked_for = script.display().to_string();
             return Err(Error::Missing { server: "RabbitMQ", looked_for, remedy: REMEDY });
         }
+        // Its commands run in another directory.
+        let root = root.canonicalize().map_err(Error::io(format!("find {}", root.display())))?;
         // Mode 0700, as it comes: the Erlang cookie lives in it.
         let directory = tempfile::Builder::new().prefix("pgoutbox-rabbitmq-").tempdir();
         let directory = directory.map_err(Error::io("make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
         let [port, distribution_port, epmd_port] = free_ports()?;
         let node = format!("pgoutbox-{port}@localhost");
-        let server = Self { node, port, distribution_port, epmd_port, epmd: None, beam: None, directory, keeper };
+        let server = Self { root, node, port, distribution_port, epmd_port, epmd: None, beam: None, directory, keeper };
         server.write("enabled_plugins", "[].\n")?;
         server.write("rabbitmq.conf", CONFIGURATION)?;
         Ok(server)
@@ -209,9 +220,7 @@ impl RabbitMq {
     /// With nothing of the caller's environment but PATH: a RABBITMQ_ or ERL_ variable of theirs means another node.
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").as_deref().unwrap_or(OsStr::new("/usr/sbin:/usr/bin:/bin")));
+        command.env_clear().env("PATH", self.search_path());
         command.envs([
             ("LANG", "C.UTF-8"),
             // The script then becomes Erlang by exec, instead of waiting for it as a child.
@@ -234,6 +243,18 @@ impl RabbitMq {
         }
         command.current_dir(self.directory.path()).process_group(0).stdin(Stdio::null());
         command
+    }
+
+    /// The caller's, but an Erlang below the root of one's own comes first.
+    fn search_path(&self) -> OsString {
+        let callers = std::env::var_os("PATH").unwrap_or_else(|| SYSTEM_PATH.into());
+        if self.root == Path::new("/") {
+            return callers;
+        }
+        let mut path = self.root.join(ERLANG).into_os_string();
+        path.push(":");
+        path.push(callers);
+        path
     }
 
     fn signal(&self, signal: Signal, doing: &str) -> Result<(), Error> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use pgoutbox::servers::{Error, Postgres, RabbitMq};
 
-use crate::support::postgres_18;
+use crate::support::{POSTGRES_VERSIONS, postgres_18, postgres_bin, rabbitmq_4};
 
 const WITHIN: Duration = Duration::from_secs(30);
 const ROLE_VARIABLE: &str = "PGOUTBOX_TEST_ROLE";
@@ -215,6 +215,32 @@ fn postgres_18_runs_from_an_unpacked_package() {
     server.kill().unwrap();
     server.start_again().unwrap();
     let directory = directory_of(&server);
+    drop(server);
+    assert_nothing_left_of(&directory);
+}
+
+#[test]
+fn every_version_of_postgres_is_the_one_that_was_asked_for() {
+    for version in POSTGRES_VERSIONS {
+        let server = Postgres::start_from(&postgres_bin(version), &[]).unwrap();
+        let found: u32 = query(&server.url(), "show server_version_num").unwrap().parse().unwrap();
+        assert_eq!(found / 10_000, version);
+    }
+}
+
+#[test]
+fn rabbitmq_4_runs_from_an_unpacked_package_and_leaves_nothing_behind() {
+    let mut server = RabbitMq::start_from(&rabbitmq_4()).unwrap();
+    let directory = directory_of_process(server.pid());
+    let version = server.ctl(&["version"]).unwrap();
+    assert!(version.starts_with("4.0."), "{version}");
+    assert!(server.ctl(&["add_user", "kept", "secret"]).is_ok());
+    server.stop().unwrap();
+    server.start_again().unwrap();
+    assert!(server.ctl(&["list_users"]).unwrap().contains("kept"));
+    server.kill().unwrap();
+    server.start_again().unwrap();
+    assert!(answers_amqp(server.port()));
     drop(server);
     assert_nothing_left_of(&directory);
 }

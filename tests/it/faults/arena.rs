@@ -244,12 +244,9 @@ impl Round {
         outcome.complaints.append(&mut self.complaints);
         outcome.log = std::mem::take(&mut self.logs);
         if !outcome.complaints.is_empty() {
-            let log = self.site.rabbitmq.log();
-            let last: Vec<&str> = log.lines().rev().take(60).collect();
-            outcome.log += &format!(
-                "--- the broker's log, last lines\n{}\n",
-                last.into_iter().rev().collect::<Vec<_>>().join("\n")
-            );
+            let path = std::env::temp_dir().join(format!("pgoutbox-faults-{}.broker.log", self.outbox.name));
+            std::fs::write(&path, self.site.rabbitmq.log()).unwrap();
+            outcome.log += &format!("--- the broker's log is in {}\n", path.display());
         }
         self.clear().await;
         (outcome, self.site)

@@ -3,7 +3,9 @@
 //! The traps. A test that skips itself when a server is missing passes for ever: a missing server fails here, with the
 //! remedy. And servers are dear: tests that break nothing share one of each, with a database, slot and exchange of their own.
 
+pub(crate) mod address;
 pub(crate) mod consumer;
+pub(crate) mod failover;
 pub(crate) mod links;
 pub(crate) mod load;
 pub(crate) mod proxy;
@@ -22,15 +24,31 @@ use tokio_postgres::{Client, NoTls};
 /// Longer than anything here takes on a busy machine; a hang fails, it does not last.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The directory of PostgreSQL 18's programs, for `Postgres::start_from`.
+/// The versions that the relay supports. 15 is Debian's, the others are unpacked.
+pub(crate) const POSTGRES_VERSIONS: [u32; 5] = [14, 15, 16, 17, 18];
+
+/// The directory of this version's programs, for `Postgres::start_from`.
+pub(crate) fn postgres_bin(version: u32) -> PathBuf {
+    let unpacked = format!("target/servers/postgresql-{version}/native/bin");
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join(unpacked);
+    let debian = PathBuf::from(format!("/usr/lib/postgresql/{version}/bin"));
+    let found = [&unpacked, &debian].into_iter().find(|bin| bin.join("postgres").is_file());
+    let missing =
+        || panic!("{} is missing: run `make test`, or scripts/install-postgres-versions once", unpacked.display());
+    found.unwrap_or_else(missing).clone()
+}
+
+/// The directory of PostgreSQL 18's programs.
 pub(crate) fn postgres_18() -> PathBuf {
-    let bin = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/servers/postgresql-18/native/bin");
-    assert!(
-        bin.join("postgres").is_file(),
-        "{} is missing: run `make test`, or scripts/install-postgres-18 once",
-        bin.display()
-    );
-    bin
+    postgres_bin(18)
+}
+
+/// The root of RabbitMQ 4.0, for `RabbitMq::start_from`.
+pub(crate) fn rabbitmq_4() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/servers/rabbitmq-4.0");
+    let missing = "is missing: run `make test`, or scripts/install-rabbitmq-4 once";
+    assert!(root.join("installed").is_file(), "{} {missing}", root.display());
+    root
 }
 
 /// Every test leaves a slot or two behind.
