@@ -136,7 +136,7 @@ pub(super) const ROWS: &[Row] = &[
         allowed: allow(FAILURE),
         run: |round| {
             Box::pin(async move {
-                round.site.rabbitmq.kill().unwrap();
+                round.end_broker().await;
                 round.moment().await;
                 round.stop_postgres("fast").await;
                 round.start_postgres().await;
