@@ -69,6 +69,10 @@ pub(super) async fn run<D: Database, B: Broker>(
     let shared = Mutex::new(std::mem::take(progress));
     let result = stream(sink, opened, mapping, settings, metrics, &shared, stop).await;
     *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if matches!(result, Err(Error::Paused { .. } | Error::Postgres(pg::Error::Timeout { .. }))) {
+        // So long unheard, Postgres may have given the slot to another relay, which moved it with good reason.
+        progress.contend();
+    }
     progress.be_cautious(match &result {
         // It is among the first unsettled ones, of which there is at most one window.
         Err(Error::Sink(sink::Error::Refused { id, .. })) => {
