@@ -20,6 +20,7 @@ pub(super) struct Lease {
     /// Nanoseconds since it began.
     ran: AtomicU64,
     heard: AtomicU64,
+    is_listening: AtomicBool,
     is_over: AtomicBool,
 }
 
@@ -32,6 +33,7 @@ impl Lease {
             began,
             ran: AtomicU64::new(0),
             heard: AtomicU64::new(0),
+            is_listening: AtomicBool::new(true),
             is_over: AtomicBool::new(false),
         }
     }
@@ -41,9 +43,19 @@ impl Lease {
         self.heard.fetch_max(self.now(), Ordering::Relaxed);
     }
 
+    /// Whether the stream is being read. While it is not, because the channel is full or the session ends, nothing can be
+    /// heard: what was read before, one channel at most, may still go. To wait for a sign of life then would be to wait for
+    /// ourselves.
+    pub(super) fn listen(&self, is_listening: bool) {
+        if self.is_listening.swap(is_listening, Ordering::Relaxed) != is_listening {
+            self.hear();
+        }
+    }
+
     /// Whether Postgres was heard lately.
     pub(super) fn is_fresh(&self) -> bool {
-        self.now() - self.heard.load(Ordering::Relaxed).min(self.now()) <= nanos(self.limit)
+        !self.is_listening.load(Ordering::Relaxed)
+            || self.now() - self.heard.load(Ordering::Relaxed).min(self.now()) <= nanos(self.limit)
     }
 
     /// The stream is gone.
@@ -104,5 +116,17 @@ mod tests {
         assert!(!lease.is_fresh());
         lease.hear();
         assert!(lease.is_fresh());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_listen_is_not_kept_waiting_for_a_sign_of_life() {
+        let lease = Lease::new(Duration::from_secs(10));
+        lease.listen(false);
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert!(lease.is_fresh());
+        lease.listen(true);
+        assert!(lease.is_fresh());
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert!(!lease.is_fresh());
     }
 }

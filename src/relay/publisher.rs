@@ -230,7 +230,7 @@ impl<K: Sink> Publisher<'_, K> {
         positions.iter().for_each(|position| progress.publish(*position));
     }
 
-    /// Waits until Postgres was heard lately, where the channel was full for long; the reader ends the session if it never is.
+    /// Waits while Postgres is silent; the reader ends the session if it stays so.
     async fn may_publish(&self) -> Result<bool, Error> {
         const LOOK_AGAIN: Duration = Duration::from_millis(20);
         self.lease.beat()?;

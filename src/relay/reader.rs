@@ -38,6 +38,8 @@ pub(super) struct Read {
 pub(super) struct Reader<'a, S> {
     /// `None`: let go.
     pub(super) source: Option<S>,
+    /// Why the stream cannot go on, now or later.
+    pub(super) fatal: Option<crate::pg::Error>,
     /// Becomes true when a stopping server waits for us to let go.
     pub(super) release: watch::Receiver<bool>,
     pub(super) assembler: Assembler,
@@ -58,25 +60,16 @@ pub(super) struct Feedback {
     last: Instant,
     reply_requested: bool,
     heard: Instant,
-    /// Postgres is to show that it is there.
-    ask: bool,
 }
 
 impl Feedback {
     pub(super) fn new(start: Lsn) -> Self {
-        Self {
-            received: start,
-            told: start,
-            last: Instant::now(),
-            reply_requested: false,
-            heard: Instant::now(),
-            ask: false,
-        }
+        Self { received: start, told: start, last: Instant::now(), reply_requested: false, heard: Instant::now() }
     }
 
     /// When the next status goes out: soon when there is something to say, else often enough to stay alive.
     fn due(&self, settled: Lsn, silence_max: Duration) -> Instant {
-        let has_news = settled > self.told || self.reply_requested || self.ask;
+        let has_news = settled > self.told || self.reply_requested;
         self.last + if has_news { STATUS_INTERVAL } else { silence_max / 3 }
     }
 }
@@ -92,6 +85,15 @@ impl<S: Source> Reader<'_, S> {
         stop: &mut watch::Receiver<bool>,
     ) -> Result<Option<Error>, Error> {
         let reason = match self.read(&items, stop).await {
+            Err(Error::Postgres(error)) if error.retry() == Retry::Never => {
+                // Whatever the broker says meanwhile, this is the reason.
+                self.fatal = Some(error);
+                drop(items);
+                return match timeout(SETTLE_WITHIN, self.drain()).await {
+                    Ok(drained) => drained.map(|()| None),
+                    Err(_) => Err(crate::pg::Error::NotNow("what is in flight did not settle".to_owned()).into()),
+                };
+            }
             Err(Error::Postgres(error)) => {
                 // Nothing can be told any more, but what settles now is not published again.
                 self.lease.end();
@@ -138,6 +140,7 @@ impl<S: Source> Reader<'_, S> {
             if is_stopping && pending.is_none() && !self.assembler.in_transaction() {
                 return Ok(None);
             }
+            self.lease.listen(pending.is_none());
             let settled = *self.settled.borrow_and_update();
             let due = self.feedback.due(settled, self.silence_max);
             if timer.deadline() != due {
@@ -166,9 +169,8 @@ impl<S: Source> Reader<'_, S> {
                     if let Some(item) = pending.take() {
                         room.send(Read { item, _share: share });
                     }
-                    // Nothing was heard because nothing was read. If that took long, ask: the publisher waits for an answer.
+                    // Nothing was heard because nothing was read.
                     self.feedback.heard = Instant::now();
-                    self.feedback.ask |= !self.lease.is_fresh();
                 }
                 event = next(self.source.as_mut()), if pending.is_none() => {
                     self.hear()?;
@@ -187,19 +189,16 @@ impl<S: Source> Reader<'_, S> {
 
     fn hear(&mut self) -> Result<(), Error> {
         self.feedback.heard = Instant::now();
-        self.feedback.ask = false;
         self.lease.beat()?;
         self.lease.hear();
         Ok(())
     }
 
-    /// Waits until the settler has ended, and stays alive for the server meanwhile. What comes now is for another session; it
-    /// only shows that Postgres is there.
+    /// Waits until the settler has ended, and stays alive for the server meanwhile.
     async fn drain(&mut self) -> Result<(), Error> {
-        let mut is_heard = true;
+        self.lease.listen(false);
         loop {
             let settled = *self.settled.borrow_and_update();
-            self.feedback.ask |= is_heard && !self.lease.is_fresh();
             let due = self.feedback.due(settled, self.silence_max);
             tokio::select! {
                 biased;
@@ -209,12 +208,6 @@ impl<S: Source> Reader<'_, S> {
                 }
                 changed = self.settled.changed() => if changed.is_err() { return Ok(()) },
                 () = stopped(&mut self.release), if self.source.is_some() => self.source = None,
-                event = next(self.source.as_mut()), if is_heard && !self.lease.is_fresh() => {
-                    is_heard = event.is_ok();
-                    if is_heard {
-                        self.hear()?;
-                    }
-                }
             }
         }
     }
@@ -254,7 +247,7 @@ impl<S: Source> Reader<'_, S> {
         }
         let heard = if is_full { Instant::now() } else { self.feedback.heard };
         self.metrics.heard(heard, self.silence_max);
-        let status = self.status(self.feedback.ask || !is_full && silent >= self.silence_max / 4);
+        let status = self.status(!is_full && silent >= self.silence_max / 4);
         self.note(status);
         match &mut self.source {
             Some(source) => Ok(source.tell(status).await?),
@@ -274,7 +267,6 @@ impl<S: Source> Reader<'_, S> {
         self.feedback.told = status.settled;
         self.feedback.last = Instant::now();
         self.feedback.reply_requested = false;
-        self.feedback.ask = false;
     }
 }
 

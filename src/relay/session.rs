@@ -69,10 +69,6 @@ pub(super) async fn run<D: Database, B: Broker>(
     let shared = Mutex::new(std::mem::take(progress));
     let result = stream(sink, opened, mapping, settings, metrics, &shared, stop).await;
     *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if matches!(result, Err(Error::Paused { .. } | Error::Postgres(pg::Error::Timeout { .. }))) {
-        // So long unheard, Postgres may have given the slot to another relay, which moved it with good reason.
-        progress.contend();
-    }
     progress.be_cautious(match &result {
         // It is among the first unsettled ones, of which there is at most one window.
         Err(Error::Sink(sink::Error::Refused { id, .. })) => {
@@ -111,6 +107,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let lease = Lease::new(opened.silence_max);
     let mut reader = Reader {
         source: Some(opened.source),
+        fatal: None,
         release: released,
         assembler: Assembler::new(mapping.clone(), opened.tables).beginning_at(opened.start),
         settled: settled_out,
@@ -140,6 +137,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         read.or(published).map_or(Ok(()), Err)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;
+    let result = reader.fatal.take().map_or(result, |error| Err(error.into()));
     let result = match result {
         Ok(()) => reader.finish().await,
         // The stream is broken, or the server waits for us to let go, or it is not ours any more.
