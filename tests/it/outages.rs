@@ -4,11 +4,12 @@
 
 use std::time::Duration;
 
-use pgoutbox::servers::RabbitMq;
+use pgoutbox::servers::{Postgres, RabbitMq};
 
 use crate::support::consumer::Consumer;
+use crate::support::links::{Ledger, Link, Toxics};
 use crate::support::relay::Relay;
-use crate::support::{Outbox, eventually, shared_postgres};
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
 
 fn count(relay: &Relay, what: &str) -> usize {
     std::fs::read_dir(format!("/proc/{}/{what}", relay.pid())).unwrap().count()
@@ -66,4 +67,33 @@ async fn an_alarm_is_waited_out_in_one_session_and_costs_no_duplicate() {
     };
     eventually("the broker has seen the end", || async { goodbye().is_some() }).await;
     assert!(goodbye().unwrap().contains("[info]"), "{}", goodbye().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_as_large_as_the_channel_behind_a_broker_that_holds_back_goes_on_when_it_confirms() {
+    let postgres = Postgres::start(&[("wal_sender_timeout", "4s")]).unwrap();
+    let outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let ledger = Ledger::new(outbox.confirmed().await);
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &ledger).await;
+    let amqp = format!("amqp://guest:guest@127.0.0.1:{}/%2f", link.port());
+    let relay = Relay::start_at(&outbox.url, &amqp, &outbox.name, &[("rabbitmq.window_messages", "50")]);
+    relay.ready().await;
+    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
+    let rows = |bytes: usize, count: usize| {
+        format!(
+            "insert into outbox (aggregatetype, aggregateid, type, payload) select 'order', n::text, 'large', \
+             to_jsonb(repeat('x', {bytes})) from generate_series(1, {count}) n"
+        )
+    };
+    for sql in [rows(10, 500), rows(4 << 20, 2), rows(10, 500)] {
+        outbox.sql(&sql).await;
+    }
+    // Longer than Postgres may be unheard, and shorter than a confirm may take.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    link.heal();
+    let received = consumer.wait_distinct(1002).await;
+    assert_eq!(received.len(), 1002, "duplicates");
+    assert_eq!(ledger.violations(), Vec::<String>::new());
+    assert_eq!(relay.stop(), 0);
 }
