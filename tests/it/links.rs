@@ -3,6 +3,8 @@
 //!
 //! The trap: an oracle that sees nothing finds nothing wrong, so the counts are compared with the load.
 
+mod postgres;
+
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;

@@ -6,5 +6,5 @@
 
 mod amqp;
 mod broker;
-mod postgres;
+pub(crate) mod postgres;
 mod stream;
