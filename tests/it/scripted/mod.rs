@@ -7,4 +7,5 @@
 mod amqp;
 mod broker;
 pub(crate) mod postgres;
+mod scram;
 mod stream;
