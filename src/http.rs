@@ -3,14 +3,17 @@
 //! The trap: a probe that is answered by the loop under test says "fine" for as long as it loops. `/readyz` says what was
 //! last heard from each peer.
 
+mod clients;
+
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::map_response;
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 
@@ -38,8 +41,15 @@ pub async fn serve(
         .route("/readyz", get(ready))
         .route("/metrics", get(render))
         .route("/", get(page))
+        .layer(map_response(last))
         .with_state(metrics);
-    axum::serve(listener, router).with_graceful_shutdown(stopped).await
+    axum::serve(clients::Few::new(listener), router).with_graceful_shutdown(stopped).await
+}
+
+/// One answer a connection: a kept one would end by its deadline, perhaps in the middle of the client's next request.
+async fn last(mut response: Response) -> Response {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 async fn ready(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {

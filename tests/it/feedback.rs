@@ -8,16 +8,22 @@ use std::time::Duration;
 use pgoutbox::servers::{Postgres, RabbitMq};
 
 use crate::support::consumer::Consumer;
+use crate::support::links::{Ledger, Link, Toxics};
 use crate::support::load::Writers;
-use crate::support::proxy::AckProxy;
 use crate::support::relay::Relay;
 use crate::support::{Outbox, connect, eventually, shared_postgres, shared_rabbitmq};
+
+/// The shared broker, by way of the link.
+fn through(link: &Link) -> String {
+    shared_rabbitmq().url().replace(&format!(":{}/", shared_rabbitmq().port()), &format!(":{}/", link.port()))
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn confirms_nothing_before_the_broker_does_and_a_crash_then_loses_nothing() {
     let mut outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
-    let proxy = AckProxy::start(shared_rabbitmq().port()).await;
-    let direct = std::mem::replace(&mut outbox.amqp, proxy.url());
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
+    let direct = outbox.amqp.clone();
+    outbox.amqp = through(&link);
     let consumer = Consumer::start(&outbox).await;
     let relay = Relay::start(&outbox);
     relay.ready().await;
@@ -25,7 +31,7 @@ async fn confirms_nothing_before_the_broker_does_and_a_crash_then_loses_nothing(
     consumer.wait_distinct(1).await;
     outbox.wait_confirmed(outbox.current().await).await;
 
-    proxy.hold(true);
+    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
     outbox.insert("held").await;
     // Other WAL goes on: keepalives must not carry the slot past the held row.
     outbox.sql("create table noise as select generate_series(1, 100000) n").await;
@@ -51,13 +57,13 @@ async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
     // A short timeout: the server asks for a reply in the middle of the transaction.
     let mut postgres = Postgres::start(&[("wal_sender_timeout", "2s")]).unwrap();
     let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
-    let proxy = AckProxy::start(shared_rabbitmq().port()).await;
-    outbox.amqp = proxy.url();
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
+    outbox.amqp = through(&link);
     let consumer = Consumer::start(&outbox).await;
     let relay = Relay::start(&outbox);
     relay.ready().await;
     outbox.wait_confirmed(outbox.current().await).await;
-    proxy.hold(true);
+    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
     let rows = 60_000;
     outbox
         .sql(&format!(
@@ -80,7 +86,7 @@ async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
     postgres.kill().unwrap();
     postgres.start_again().unwrap();
     let outbox = Outbox { client: connect(&outbox.url).await, ..outbox };
-    proxy.hold(false);
+    link.heal();
     let relay = Relay::start(&outbox);
     consumer.wait_distinct(rows).await;
     outbox.wait_confirmed(outbox.current().await).await;

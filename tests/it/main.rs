@@ -14,6 +14,7 @@ mod golden;
 mod links;
 mod memory;
 mod outages;
+mod probes;
 mod rows;
 mod scripted;
 mod servers;

@@ -167,6 +167,32 @@ case!(a_broker_that_blocks_and_unblocks_between_acks_is_waited_for, async {
     Case::start(script).await.settles_at_once().await;
 });
 
+case!(a_broker_that_stays_blocked_is_waited_for_and_settles_nothing, async {
+    let script = |wire: &mut Wire| {
+        wire.handshake()?;
+        wire.take(ROWS)?;
+        wire.blocked("low on disk")?;
+        wire.listen()
+    };
+    let case = Case::start_with(1, &[("rabbitmq.confirm_timeout", "1s"), ("run.drain_timeout", "1s")], script).await;
+    eventually("blocked", || async { case.relay.metric("pgoutbox_broker_blocked") == 1.0 }).await;
+    let first: Lsn = case.broker.published()[0].lsn.parse().unwrap();
+    // Other WAL goes on, and confirm_timeout is over several times.
+    case.outbox.sql("create table noise as select generate_series(1, 10000) n").await;
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(4) {
+        let (code, body) = case.relay.get("/readyz");
+        assert_eq!((code, body.contains("low on disk")), (503, true), "{body}");
+        assert_eq!(case.relay.metric("pgoutbox_settled_total"), 0.0);
+        assert!(case.outbox.confirmed().await <= first, "told, and nothing is settled");
+        assert_eq!(case.broker.connections(), 1, "{}", case.relay.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // A stop waits no longer than it may.
+    assert_eq!(case.relay.stop(), 0);
+    assert!(case.outbox.confirmed().await <= first, "told at the stop, and nothing is settled");
+});
+
 // What must end the session.
 
 case!(an_ack_of_a_message_never_published_ends_the_session, async {

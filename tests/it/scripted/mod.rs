@@ -6,5 +6,6 @@
 
 mod amqp;
 mod broker;
-mod postgres;
+pub(crate) mod postgres;
+mod scram;
 mod stream;

@@ -22,7 +22,7 @@ const ROW: [(u8, &[u8]); 5] = [(b't', b"scripted"), (b't', b"order"), (b't', b"1
 
 /// What a script needs to know to be believed.
 #[derive(Clone, Copy, Debug)]
-struct World {
+pub(super) struct World {
     /// The outbox's OID.
     oid: u32,
     /// Where the write-ahead log ends: whatever a script makes lies beyond.
@@ -45,19 +45,27 @@ impl World {
     }
 }
 
-struct Case {
+pub(super) struct Case {
     outbox: Outbox,
     world: World,
     row: String,
     broker: Broker,
-    postgres: Postgres,
-    relay: Relay,
+    pub(super) postgres: Postgres,
+    pub(super) relay: Relay,
     hostile: usize,
 }
 
 impl Case {
     /// The first `hostile` replication connections follow the script.
     async fn start<S>(hostile: usize, from: From, script: S) -> Self
+    where
+        S: Fn(World, &mut Wire) -> io::Result<()> + Send + Sync + 'static,
+    {
+        Self::start_as("postgres@", hostile, from, script).await
+    }
+
+    /// The relay logs in so: `postgres@`, or with a password that the real server does not ask for.
+    pub(super) async fn start_as<S>(user: &str, hostile: usize, from: From, script: S) -> Self
     where
         S: Fn(World, &mut Wire) -> io::Result<()> + Send + Sync + 'static,
     {
@@ -69,7 +77,7 @@ impl Case {
         let row = outbox.insert("placed").await;
         let port = shared_postgres().port();
         let postgres = Postgres::start(port, hostile, from, move |wire| script(world, wire));
-        outbox.url = postgres.url(&outbox.url, port);
+        outbox.url = postgres.url(&outbox.url, port).replace("postgres@", user);
         let relay = Relay::start(&outbox);
         Self { outbox, world, row, broker, postgres, relay, hostile }
     }
@@ -112,7 +120,7 @@ impl Case {
     }
 
     /// The relay stops, with this code and these words, and published nothing.
-    async fn stops(self, code: i32, says: &[&str]) {
+    pub(super) async fn stops(self, code: i32, says: &[&str]) {
         eventually("the end", || async { self.relay.get("/livez").0 == 0 && self.postgres.streams() > 0 }).await;
         self.says(says);
         assert_eq!(self.ids(), Vec::<String>::new());
@@ -371,7 +379,7 @@ async fn instead_of_a_login(messages: Vec<Vec<u8>>) -> Case {
 }
 
 /// `R`, of this kind.
-fn authentication(kind: u32, rest: &[u8]) -> Vec<u8> {
+pub(super) fn authentication(kind: u32, rest: &[u8]) -> Vec<u8> {
     message(b'R', &[&kind.to_be_bytes()[..], rest].concat())
 }
 

@@ -8,7 +8,6 @@ pub(crate) mod consumer;
 pub(crate) mod failover;
 pub(crate) mod links;
 pub(crate) mod load;
-pub(crate) mod proxy;
 pub(crate) mod relay;
 
 use std::future::Future;

@@ -74,6 +74,11 @@ impl Relay {
         i32::try_from(self.child.id()).unwrap()
     }
 
+    /// Of probes and metrics.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid()), signal).unwrap();
     }
