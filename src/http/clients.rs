@@ -1,7 +1,7 @@
 //! How much of us a client may have: one of few connections, one request of a modest size, a few seconds.
 //!
-//! The trap: a server of HTTP waits for ever by default, for the rest of a request and for a reader of its answer. Whoever can
-//! reach the port could then take file descriptors and memory from the process whose job is to move messages.
+//! The trap: a server of HTTP waits for ever by default, for the rest of a request and for a reader of its answer. Whoever
+//! can reach the port could then take file descriptors and memory from the process whose job is to move messages.
 
 use std::io;
 use std::net::SocketAddr;

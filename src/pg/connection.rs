@@ -253,6 +253,9 @@ impl Connection {
         loop {
             let frame = self.read().await?;
             if matches!(frame.tag, b'S' | b'K' | b'Z') {
+                if self.greeting.len() + frame.body.len() > LOGIN_FRAME_BYTES_MAX {
+                    return Err(Error::Protocol(format!("a greeting of more than {LOGIN_FRAME_BYTES_MAX} bytes")));
+                }
                 self.greeting.put_u8(frame.tag);
                 // Shorter than the limit of a frame.
                 self.greeting.put_u32(u32::try_from(frame.body.len() + 4).unwrap_or(u32::MAX));

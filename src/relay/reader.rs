@@ -146,9 +146,9 @@ impl<S: Source> Reader<'_, S> {
             if timer.deadline() != due {
                 timer.as_mut().reset(due);
             }
-            // Biased: the timer first, so that a busy stream cannot starve it; then stop and release; then progress, which only
-            // moves the timer; then either the item that waits for room or, with none waiting, the next event. All are
-            // cancel-safe.
+            // Biased: the timer first, so that a busy stream cannot starve it; then stop and release; then progress, which
+            // only moves the timer; then either the item that waits for room or, with none waiting, the next event. All
+            // are cancel-safe.
             tokio::select! {
                 biased;
                 () = timer.as_mut() => {

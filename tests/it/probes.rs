@@ -91,8 +91,9 @@ where
     }
     let most = AtomicUsize::new(0);
     eventually("all are shed", || async {
+        let next = consumer.distinct() + 1;
         outbox.insert("meanwhile").await;
-        consumer.wait_distinct(consumer.distinct() + 1).await;
+        consumer.wait_distinct(next).await;
         most.fetch_max(descriptors(&relay), Ordering::SeqCst);
         shed.load(Ordering::SeqCst) == CLIENTS
     })

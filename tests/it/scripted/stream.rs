@@ -418,7 +418,7 @@ case!(a_server_that_never_answers_a_login_is_left_by_a_deadline, async {
         Ok(())
     };
     let slow = Case::start(1, From::Login, slow).await;
-    let says = ["did not answer within"];
+    let says = ["took longer than connect_timeout"];
     futures_util::future::join(silent.recovers(&says, 0, 0), slow.recovers(&says, 0, 0)).await;
 });
 
