@@ -21,7 +21,7 @@ use pgoutbox::servers::{Postgres, RabbitMq};
 use tokio_postgres::{Client, NoTls};
 
 /// Longer than anything here takes on a busy machine; a hang fails, it does not last.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The versions that the relay supports. 15 is Debian's, the others are unpacked.
 pub(crate) const POSTGRES_VERSIONS: [u32; 5] = [14, 15, 16, 17, 18];
