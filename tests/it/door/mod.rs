@@ -18,7 +18,7 @@ use pgoutbox::pg::catalog::Control;
 use pgoutbox::pg::replication::Replication;
 use pgoutbox::pg::{self, Settings};
 use pgoutbox::servers::Postgres;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm, date_time_ymd};
 
 use crate::support::unique;
 
@@ -136,7 +136,13 @@ struct Issued {
 
 impl Authority {
     fn new(name: &str) -> Self {
+        Self::valid(name, 2020, 2090)
+    }
+
+    /// From the beginning of one year to that of another.
+    fn valid(name: &str, from: i32, to: i32) -> Self {
         let mut params = CertificateParams::default();
+        (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
