@@ -99,10 +99,11 @@ async fn broker_line(config: &Config) -> Line {
     let Some(sink) = config.sink.clone() else {
         return Line { what: "broker".to_owned(), finding: None };
     };
+    super::run::warn(&sink);
     let (what, sink) = match sink {
         SinkSettings::Stdout => ("standard output".to_owned(), SinkSettings::Stdout),
         SinkSettings::RabbitMq(mut settings) => {
-            let hosts: Vec<String> = settings.uris.iter().map(crate::sink::rabbitmq::host).collect();
+            let hosts: Vec<String> = settings.addresses.iter().map(ToString::to_string).collect();
             let what = format!("RabbitMQ at {}, exchange {}", hosts.join(", "), settings.exchange);
             // Changes nothing: `run` may declare the exchange, `check` may not, so it only opens the session.
             if settings.declare {

@@ -69,6 +69,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     let Some(sink) = config.sink else {
         return Err(Error::Config(vec!["sink: none is configured".to_owned()]));
     };
+    warn(&sink);
     let broker = Configured { sink, metrics: metrics.clone() };
     let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
@@ -81,6 +82,13 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     ended.map_err(|error| Error::of_relay(error, &slot))?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Says once what is unsafe on the way to the broker.
+pub(super) fn warn(sink: &SinkSettings) {
+    if let SinkSettings::RabbitMq(settings) = sink {
+        settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    }
 }
 
 async fn serve(config: &Config, metrics: &Arc<Metrics>, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
