@@ -240,6 +240,12 @@ pub(super) fn address(data: &[u8]) {
     match Address::parse_all(text, &Files::default()) {
         Ok(addresses) => {
             assert!(!addresses.is_empty() && addresses.len() <= text.matches("://").count());
+            // What stands in brackets is an address, and no default takes its place.
+            let (brackets, numeric) =
+                (text.matches("//[").count() + text.matches("@[").count(), |address: &&Address| {
+                    address.host.contains(':')
+                });
+            assert!(text.contains('?') || addresses.iter().filter(numeric).count() == brackets, "{text}");
             for address in addresses {
                 assert!(!address.host.is_empty() && address.port > 0 && !address.host.contains(['@', '/', '[', ',']));
                 let is_numeric = address.host.contains(':');
