@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::publisher::Settling;
+use super::window::Share;
 use super::{Error, Progress, progress};
 use crate::lsn::Lsn;
 use crate::metrics::{self, Metrics};
@@ -56,7 +57,7 @@ impl Settler<'_> {
         }
         drop(progress);
         // Last: room in the window means that all of this is done.
-        drop(run.shares);
+        run.shares.into_iter().for_each(Share::settle);
         Ok(())
     }
 
@@ -80,8 +81,8 @@ impl Settler<'_> {
         self.metrics.settled.inc_by(count as u64);
         self.metrics.in_flight_messages.dec_by(i64::try_from(count).unwrap_or(i64::MAX));
         self.metrics.in_flight_bytes.dec_by(i64::try_from(bytes).unwrap_or(i64::MAX));
-        for at in committed_at {
-            self.metrics.commit_to_settled.observe(metrics::age(*at).as_secs_f64());
+        for age in metrics::ages(committed_at) {
+            self.metrics.commit_to_settled.observe(age.as_secs_f64());
         }
         self.metrics.oldest(None);
     }

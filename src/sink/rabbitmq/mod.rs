@@ -145,7 +145,7 @@ impl Sink for RabbitMq {
 
     fn admit(&self, message: &Message) -> Result<(), Error> {
         let (body, max) = (message.body.len() as u64, self.message_bytes_max);
-        let key = message.destination.as_str();
+        let key = &*message.destination;
         let problem = match wire::header_bytes(message) {
             Err(name) => format!("a name of {} bytes where AMQP takes 255", name.len()),
             Ok(_) if !wire::short_fits(key) => format!("its routing key has {} bytes where AMQP takes 255", key.len()),
@@ -157,7 +157,7 @@ impl Sink for RabbitMq {
             }
             Ok(_) => return Ok(()),
         };
-        Err(Error::Undeliverable { id: message.id.clone(), problem })
+        Err(Error::Undeliverable { id: message.id.to_string(), problem })
     }
 
     async fn check(&mut self) -> Result<(), Error> {
