@@ -111,8 +111,9 @@ impl Control {
             role: server.try_get(4)?,
             may_replicate: server.try_get(5)?,
             slot: self.slot(&names.slot).await?,
-            publication: self.publication(&names.publication, version).await?,
+            // Before the publication: a partition that is made between the two is in it, and not a hole.
             table: self.table(&names.schema, &names.table).await?,
+            publication: self.publication(&names.publication, version).await?,
         })
     }
 
