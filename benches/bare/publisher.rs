@@ -19,7 +19,7 @@ pub(crate) fn run(mut publisher: Publisher, window: usize, rows: u64, bytes: usi
             let number = publisher.published() + 1;
             let payload = payload(number, bytes);
             publisher.publish(&row(&payload), &transaction, number);
-            if sampled.is_none() && number % 100 == 0 {
+            if sampled.is_none() && number.is_multiple_of(100) {
                 sampled = Some((number, Instant::now()));
             }
         }

@@ -80,14 +80,20 @@ impl Socket {
 
     /// Writes what the peer takes.
     pub(crate) fn write(&mut self) {
+        self.try_write().unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// The same, for who may be cut off.
+    pub(crate) fn try_write(&mut self) -> std::io::Result<()> {
         while self.has_output() {
             match self.stream.write(&self.output[self.written..]) {
                 Ok(count) => self.written += count,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) => panic!("{error}"),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
             }
         }
         self.output.clear();
         self.written = 0;
+        Ok(())
     }
 }

@@ -155,7 +155,9 @@ impl Reading {
             if self.count > before {
                 self.note(before);
             }
-            self.connection.socket.write();
+            if self.connection.socket.try_write().is_err() {
+                break;
+            }
         }
         self.log
     }
@@ -190,7 +192,7 @@ impl Reading {
                 1 if (u16_at(payload, 0), u16_at(payload, 2)) == DELIVER => {
                     // Behind the consumer's name, "c".
                     let tag = u64_at(payload, 6);
-                    if self.is_stream && tag % ACK_EVERY == 0 {
+                    if self.is_stream && tag.is_multiple_of(ACK_EVERY) {
                         ack = Some(tag);
                     }
                 }

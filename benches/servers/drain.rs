@@ -109,8 +109,7 @@ impl Drain<'_> {
             ("broker_us", us_a_row(before.broker, after.broker)),
             ("consumer_us", us_a_row(first.cpu, last.cpu)),
             ("peak_mib", peak_kib as f64 / 1024.0),
-            ("first_tenth", tenth(0)),
-            ("last_tenth", tenth(9)),
+            ("last_to_first", tenth(9) / tenth(0)),
         ]
     }
 }

@@ -29,6 +29,11 @@ impl Scenario {
         let name = format!("{}, {rows_a_transaction} a transaction, {size}", queue.name());
         Self { name, queue, rows, rows_a_transaction, payload_bytes, rows_of_others: 0 }
     }
+
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
 }
 
 const TABLE: &str = include_str!("../../sql/table.sql");

@@ -13,20 +13,43 @@
 mod arena;
 #[path = "../bare/mod.rs"]
 mod bare;
+mod bars;
 mod consumer;
+mod delay;
 mod drain;
+mod idle;
+mod live;
 mod load;
+mod picture;
 mod polling;
 mod process;
 mod rate;
+mod report;
 mod results;
 mod subject;
+mod window;
+
+use std::time::Instant;
 
 use arena::Arena;
 use results::Results;
 
+type Part = fn(&mut Arena, &mut Results);
+
 /// The parts, in the order in which they run.
-const PARTS: [(&str, fn(&mut Arena, &mut Results)); 1] = [("rate", rate::run)];
+const PARTS: [(&str, Part); 8] = [
+    ("idle", idle::run),
+    ("rate", rate::rate),
+    ("size", rate::size),
+    ("latency", live::run),
+    ("window", window::run),
+    ("busy", rate::busy),
+    ("backlog", rate::backlog),
+    ("huge", rate::huge),
+];
+
+/// A part of the other bench, which needs no servers.
+const ELSEWHERE: &str = "micro";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -39,17 +62,24 @@ fn main() {
     if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }
-    let wanted: Vec<&str> = arguments.iter().map(String::as_str).filter(|word| !word.starts_with('-')).collect();
-    let wanted: Vec<&str> = wanted.iter().flat_map(|words| words.split([',', ' '])).collect();
+    let words = arguments.iter().filter(|argument| !argument.starts_with('-'));
+    let wanted: Vec<&str> = words.flat_map(|words| words.split([',', ' '])).filter(|word| !word.is_empty()).collect();
     for word in &wanted {
         let names = PARTS.map(|(name, _)| name).join(", ");
-        assert!(PARTS.iter().any(|(name, _)| name == word), "there is no part {word}, only {names}");
+        let is_known = *word == ELSEWHERE || PARTS.iter().any(|(name, _)| name == word);
+        assert!(is_known, "there is no part {word}, only {names} and {ELSEWHERE}");
+    }
+    let parts: Vec<_> = PARTS.iter().filter(|(name, _)| wanted.is_empty() || wanted.contains(name)).collect();
+    if parts.is_empty() {
+        return;
     }
     let mut arena = Arena::start();
     let mut results = Results::default();
-    for (name, part) in PARTS {
-        if wanted.is_empty() || wanted.contains(&name) {
-            part(&mut arena, &mut results);
-        }
+    for (name, part) in parts {
+        let began = Instant::now();
+        part(&mut arena, &mut results);
+        println!("{name} took {:.0} s", began.elapsed().as_secs_f64());
     }
+    let part = if wanted.is_empty() { String::new() } else { format!(" PART={}", wanted.join(",")) };
+    report::write(&arena, &results, &format!("make bench{part}"));
 }

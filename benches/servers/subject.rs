@@ -2,7 +2,8 @@
 //!
 //! The trap: a program that was measured inside the bench shares its allocator, its threads and its peak of memory with it.
 
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -16,6 +17,10 @@ use crate::polling;
 
 /// Messages in flight: pgoutbox's default, and everyone's here.
 pub(crate) const WINDOW: usize = 1000;
+
+/// Names in the results.
+pub(crate) const BARE: &str = "bare";
+pub(crate) const PGOUTBOX: &str = "pgoutbox";
 
 /// A program and how it is set.
 #[derive(Clone, Debug)]
@@ -35,7 +40,16 @@ impl Subject {
 
     /// As it comes.
     pub(crate) fn pgoutbox() -> Self {
-        Self::Pgoutbox { name: "pgoutbox".to_owned(), binary: env!("CARGO_BIN_EXE_pgoutbox").into(), window: None }
+        Self::Pgoutbox { name: PGOUTBOX.to_owned(), binary: env!("CARGO_BIN_EXE_pgoutbox").into(), window: None }
+    }
+
+    /// With a window that does not move.
+    pub(crate) fn pgoutbox_with(window: usize) -> Self {
+        Self::Pgoutbox {
+            name: PGOUTBOX.to_owned(),
+            binary: env!("CARGO_BIN_EXE_pgoutbox").into(),
+            window: Some(window),
+        }
     }
 
     /// Another build of it, to be compared with this one in the same run.
@@ -50,7 +64,7 @@ impl Subject {
 
     pub(crate) fn name(&self) -> String {
         match self {
-            Self::Bare { window: WINDOW } => "bare".to_owned(),
+            Self::Bare { window: WINDOW } => BARE.to_owned(),
             Self::Bare { window } => format!("bare, window {window}"),
             Self::Pgoutbox { name, window: None, .. } => name.clone(),
             Self::Pgoutbox { name, window: Some(window), .. } => format!("{name}, window {window}"),
@@ -145,11 +159,28 @@ impl Program {
         std::fs::read_to_string(self.log.path()).unwrap_or_default()
     }
 
+    /// Body of a GET with status 200; `None` while nobody answers so.
+    pub(crate) fn get(&self, path: &str) -> Option<String> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let body = text.split_once("\r\n\r\n")?.1.to_owned();
+        text.starts_with("HTTP/1.1 200").then_some(body)
+    }
+
+    /// A metric of pgoutbox.
+    pub(crate) fn metric(&self, name: &str) -> Option<f64> {
+        let text = self.get("/metrics")?;
+        let line = text.lines().find_map(|line| line.split_once(' ').filter(|(found, _)| *found == name));
+        line?.1.parse().ok()
+    }
+
     /// Waits for its end, and what it printed.
     pub(crate) fn printed(mut self) -> String {
         let mut text = String::new();
         if let Some(stdout) = &mut self.child.stdout {
-            std::io::Read::read_to_string(stdout, &mut text).unwrap();
+            stdout.read_to_string(&mut text).unwrap();
         }
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{status}: {}", self.log());
@@ -184,7 +215,10 @@ pub(crate) fn run(name: &str, settings: &[String]) {
         }
         "publish" => {
             let publisher = Publisher::open(port("broker"), EXCHANGE);
-            publisher::run(publisher, number("window") as usize, number("rows"), number("bytes") as usize);
+            let window = number("window") as usize;
+            let mut latencies = publisher::run(publisher, window, number("rows"), number("bytes") as usize);
+            latencies.sort_unstable();
+            println!("{}", latencies.get(latencies.len() / 2).map_or(0.0, |half| half.as_secs_f64() * 1e3));
         }
         "polling" => polling::run(text("url"), port("broker"), number("batch"), Duration::from_millis(number("pause"))),
         other => panic!("there is no program {other}"),
