@@ -102,12 +102,17 @@ impl Drain<'_> {
             let count = self.scenario.rows as f64 / 10.0 - if index == 0 { first.count as f64 } else { 0.0 };
             count / (log.tenths[index] - from).as_secs_f64()
         };
+        let relay = us_a_row(before.subject, after.subject);
+        let postgres = us_a_row(before.postgres, after.postgres);
+        let broker = us_a_row(before.broker, after.broker);
+        let consumer = us_a_row(first.cpu, last.cpu);
         vec![
             ("rate", rows / seconds),
-            ("relay_us", us_a_row(before.subject, after.subject)),
-            ("postgres_us", us_a_row(before.postgres, after.postgres)),
-            ("broker_us", us_a_row(before.broker, after.broker)),
-            ("consumer_us", us_a_row(first.cpu, last.cpu)),
+            ("relay_us", relay),
+            ("postgres_us", postgres),
+            ("broker_us", broker),
+            ("consumer_us", consumer),
+            ("all_us", relay + postgres + broker + consumer),
             ("peak_mib", peak_kib as f64 / 1024.0),
             ("last_to_first", tenth(9) / tenth(0)),
         ]

@@ -21,19 +21,21 @@ struct Table {
     ratio: Option<&'static str>,
 }
 
-const COSTS: [(&str, &str); 6] = [
+const COSTS: [(&str, &str); 7] = [
     ("rate", "rows/s"),
     ("relay_us", "relay, us"),
     ("postgres_us", "Postgres, us"),
     ("broker_us", "broker, us"),
     ("consumer_us", "consumer, us"),
+    ("all_us", "all, us"),
     ("peak_mib", "peak, MiB"),
 ];
-const TENTHS: [(&str, &str); 6] = [
+const TENTHS: [(&str, &str); 7] = [
     ("rate", "rows/s"),
     ("relay_us", "relay, us"),
     ("postgres_us", "Postgres, us"),
     ("broker_us", "broker, us"),
+    ("all_us", "all, us"),
     ("last_to_first", "last tenth / first"),
     ("peak_mib", "peak, MiB"),
 ];

@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::arena::{Arena, PATIENCE, Queue};
+use crate::arena::{Arena, Queue};
 use crate::consumer::{Consumer, Expectation};
 use crate::delay;
 use crate::load::{self, Scenario};
@@ -22,18 +22,18 @@ pub(crate) const WINDOWS: [usize; 7] = [10, 30, 100, 300, 1000, 3000, 10_000];
 /// What a ping to the far broker would say.
 pub(crate) const ROUND_TRIP: Duration = Duration::from_millis(50);
 
-const ROWS: u64 = 300_000;
 const LOOK_EVERY: Duration = Duration::from_millis(25);
 
-/// How long each runs before it counts, and then.
+/// How long each runs before it counts, and then; and the rows that last so long.
 #[derive(Clone, Copy)]
 struct Times {
     before: Duration,
     counted: Duration,
+    rows: u64,
 }
 
-const NEAR: Times = Times { before: Duration::from_millis(500), counted: Duration::from_millis(1500) };
-const FAR: Times = Times { before: Duration::from_secs(3), counted: Duration::from_secs(2) };
+const NEAR: Times = Times { before: Duration::from_millis(500), counted: Duration::from_millis(1500), rows: 200_000 };
+const FAR: Times = Times { before: Duration::from_secs(3), counted: Duration::from_secs(2), rows: 400_000 };
 
 pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
     let mut subjects: Vec<Subject> = WINDOWS.iter().map(|window| Subject::pgoutbox_with(*window)).collect();
@@ -64,7 +64,9 @@ struct Place {
 }
 
 fn windows(arena: &mut Arena, results: &mut Results, place: &Place, subjects: &[Subject], rounds: u32) {
-    let scenario = Scenario::new(place.queue, scaled(ROWS), 1000, PAYLOAD_BYTES);
+    // A slow machine needs fewer, but not in proportion.
+    let rows = scaled(place.times.rows).max(place.times.rows / 2);
+    let scenario = Scenario::new(place.queue, rows, 1000, PAYLOAD_BYTES);
     let slot = |round: u32, subject: usize| format!("w{round}_{subject}");
     let slots: Vec<String> =
         (0..rounds).flat_map(|round| (0..subjects.len()).map(move |each| slot(round, each))).collect();
@@ -99,7 +101,7 @@ fn measure(arena: &mut Arena, subject: &Subject, scenario: &Scenario, slot: &str
     consumer.stop();
     arena.delete_queue(&queue);
     arena.drop_slot(slot);
-    assert!(seconds < PATIENCE.as_secs_f64() && count > 0, "{}: {count} rows in {seconds} s", subject.name());
+    assert!(count > 0, "{}: all rows were gone before it counted, or none came", subject.name());
     let rate = count as f64 / seconds;
     let in_flight = in_flight.iter().sum::<f64>() / in_flight.len().max(1) as f64;
     let relay_us = cpu.as_secs_f64() * 1e6 / count as f64;
