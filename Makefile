@@ -25,7 +25,7 @@ check: ## format, lints, documentation, house rules; no servers
 
 bench: ## against the limits of the two servers: PART=rate,latency for some, BENCH_ROUNDS (5), BENCH_ROWS (100000)
 	@scripts/install-servers
-	cargo bench --bench servers -- $(PART)
+	cargo bench --bench servers --bench micro -- $(PART)
 
 faults: ## every fault of the table on real servers: ROUNDS (20) each, WORKERS (2) side by side
 	@scripts/install-servers

@@ -1,9 +1,9 @@
 //! What each room costs a row, without servers: time, and allocations counted by an allocator that counts.
 //!
 //! The trap: an optimiser that sees that nobody wants the result. Every result is looked at, and what is measured runs on
-//! bytes that are made once and shared, as those of a socket's buffer are. The counting costs some nanoseconds an allocation,
-//! so times here are for comparing rooms and commits with each other. They are the thread's own CPU time, which neighbours on
-//! the machine disturb least.
+//! bytes that are made once and shared, as those of a socket's buffer are. The counting costs some nanoseconds an
+//! allocation, so times here are for comparing rooms and commits with each other. They are the thread's own CPU time, which
+//! neighbours on the machine disturb least.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 mod broker;

@@ -1,7 +1,7 @@
 //! What a process costs, by the kernel.
 //!
-//! The trap: `/proc/PID/stat` counts in ticks of 10 ms, of which a relay spends few. A process' CPU clock is the same account
-//! to the nanosecond, threads that have ended included.
+//! The trap: `/proc/PID/stat` counts in ticks of 10 ms, of which a relay spends few. A process' CPU clock is the same
+//! account to the nanosecond, threads that have ended included.
 
 use std::time::Duration;
 
