@@ -16,9 +16,6 @@ use crate::bare::amqp::{self, short};
 pub(crate) const DATABASE: &str = "bench";
 pub(crate) const POLLED: &str = "polled";
 
-/// The exchange of everything.
-pub(crate) const EXCHANGE: &str = "bench";
-
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -111,29 +108,31 @@ impl Arena {
             sql
         };
         let (sql, polled) = (connect(DATABASE), connect(POLLED));
-        let mut control = amqp::Connection::open(rabbitmq.port());
-        // exchange.declare: durable, no arguments.
-        control.ask((40, 10), &[&[0, 0], &short(EXCHANGE)[..], &short("topic"), &[2, 0, 0, 0, 0]].concat());
+        let control = amqp::Connection::open(rabbitmq.port());
         Self { postgres, rabbitmq, sql, polled, control, queues: 0 }
     }
 
-    /// A durable queue that gets everything.
+    /// A durable queue, and an exchange of the same name whose messages it gets. Of its own: a program that is killed leaves
+    /// messages in sockets, which the broker still publishes when the next program runs.
     pub(crate) fn make_queue(&mut self, queue: Queue) -> String {
         self.queues += 1;
         let name = format!("{}{}", queue.name(), self.queues);
+        // exchange.declare: durable, no arguments.
+        self.control.ask((40, 10), &[&[0, 0], &short(&name)[..], &short("topic"), &[2, 0, 0, 0, 0]].concat());
         let kind = queue.name();
         let mut table = [&short("x-queue-type")[..], b"S"].concat();
         table.extend(u32::try_from(kind.len()).unwrap().to_be_bytes());
         table.extend(kind.as_bytes());
         let size = u32::try_from(table.len()).unwrap().to_be_bytes();
         self.control.ask((50, 10), &[&[0, 0], &short(&name)[..], &[2], &size, &table].concat());
-        let binding = [&[0, 0], &short(&name)[..], &short(EXCHANGE), &short("#"), &[0, 0, 0, 0, 0]].concat();
+        let binding = [&[0, 0], &short(&name)[..], &short(&name), &short("#"), &[0, 0, 0, 0, 0]].concat();
         self.control.ask((50, 20), &binding);
         name
     }
 
     pub(crate) fn delete_queue(&mut self, name: &str) {
         self.control.ask((50, 40), &[&[0, 0], &short(name)[..], &[0]].concat());
+        self.control.ask((40, 20), &[&[0, 0], &short(name)[..], &[0]].concat());
     }
 
     pub(crate) fn url(&self, database: &str) -> String {

@@ -22,6 +22,9 @@ use crate::process;
 const ACK_EVERY: u64 = 200;
 const PREFETCH: u16 = 5000;
 
+/// Where rows come out of order, so many runs of them are told.
+const RUNS_TOLD: usize = 10;
+
 const DELIVER: (u16, u16) = (60, 60);
 
 /// What is to come.
@@ -61,6 +64,8 @@ pub(crate) struct Log {
     pub(crate) tenths: Vec<Instant>,
     /// Of every row, nanoseconds.
     pub(crate) latencies: Vec<u64>,
+    /// First and last number of each run without a gap: one, if rows come once and in order.
+    runs: Vec<(u64, u64)>,
     pub(crate) hash: u64,
 }
 
@@ -120,6 +125,7 @@ impl Consumer {
     pub(crate) fn stop(self) -> Log {
         let _ = self.stream.shutdown(Shutdown::Both);
         let log = self.thread.join().expect("the consumer's thread does not panic");
+        assert!(log.runs.len() <= 1, "{}", out_of_order(&log.runs));
         // What came after all had come.
         if let Some(Event::Fault(fault)) = self.events.try_iter().last() {
             panic!("{fault}");
@@ -184,8 +190,8 @@ impl Reading {
         while let Some(frame) = self.connection.frame() {
             let payload = &frame[7..frame.len() - 1];
             if self.expectation.is_hashed {
-                // A delivery's tag and consumer are the broker's; exchange, key, properties and body are the message's.
-                let from = if frame[0] == 1 { 15.min(payload.len()) } else { 0 };
+                // A delivery's consumer, tag and exchange are the run's; key, properties and body are the message's.
+                let from = if frame[0] == 1 { 16 + usize::from(payload[15]) } else { 0 };
                 self.log.hash = hash(self.log.hash, &payload[from..]);
             }
             match frame[0] {
@@ -221,9 +227,14 @@ impl Reading {
             let now = u64::try_from((self.now - clock).as_nanos()).unwrap_or(u64::MAX);
             self.log.latencies.push(now.saturating_sub(time));
         }
-        let wanted = self.count + 1;
         if self.expectation.is_ordered {
-            return if number == wanted { Ok(()) } else { Err(format!("row {number} came where {wanted} was due")) };
+            match self.log.runs.last_mut() {
+                Some((_, last)) if number == *last + 1 => *last = number,
+                None if number != 1 => return Err(format!("row {number} came first")),
+                _ => self.log.runs.push((number, number)),
+            }
+            // Some more are awaited, for what they tell about the fault.
+            return if self.log.runs.len() < RUNS_TOLD { Ok(()) } else { Err(out_of_order(&self.log.runs)) };
         }
         match self.seen.get_mut(usize::try_from(number).unwrap_or(usize::MAX)) {
             Some(seen) if !*seen => *seen = true,
@@ -231,6 +242,11 @@ impl Reading {
         }
         Ok(())
     }
+}
+
+fn out_of_order(runs: &[(u64, u64)]) -> String {
+    let runs: Vec<String> = runs.iter().map(|(first, last)| format!("{first} to {last}")).collect();
+    format!("rows came out of order: {}", runs.join(", "))
 }
 
 /// The digits behind a known beginning; 0 when it begins otherwise.

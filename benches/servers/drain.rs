@@ -15,7 +15,7 @@ use crate::consumer::{Consumer, Expectation, Log};
 use crate::load::{self, Scenario};
 use crate::process;
 use crate::results::Values;
-use crate::subject::{Program, Subject};
+use crate::subject::{Program, Subject, Way};
 
 /// CPU times of those who take part, at a moment.
 struct Spent {
@@ -49,7 +49,8 @@ impl Drain<'_> {
         let queue = arena.make_queue(self.scenario.queue);
         let expectation = Expectation { rows: self.scenario.rows, is_ordered: true, clock: None, is_hashed };
         let consumer = Consumer::start(arena.rabbitmq.port(), self.scenario.queue, &queue, expectation);
-        let program = self.subject.start(arena, self.slot, arena.rabbitmq.port());
+        let program =
+            self.subject.start(arena, &Way { slot: self.slot, broker: arena.rabbitmq.port(), exchange: &queue });
         let wait = |consumer: &Consumer| {
             consumer.wait().unwrap_or_else(|fault| panic!("{}: {fault}\n{}", self.subject.name(), program.log()))
         };

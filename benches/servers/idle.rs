@@ -6,7 +6,7 @@ use crate::arena::{Arena, PATIENCE};
 use crate::load;
 use crate::process;
 use crate::results::{Results, Values, rounds};
-use crate::subject::{Program, Subject};
+use crate::subject::{Program, Subject, Way};
 
 /// Caches, connections and first statuses are over by then.
 const CALM_AFTER: Duration = Duration::from_secs(2);
@@ -43,7 +43,7 @@ pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
 fn start(arena: &mut Arena, subject: &Subject) -> (Program, Values) {
     arena.make_slots(&["idle".to_owned()]);
     let began = Instant::now();
-    let program = subject.start(arena, "idle", arena.rabbitmq.port());
+    let program = subject.start(arena, &Way { slot: "idle", broker: arena.rabbitmq.port(), exchange: "idle" });
     let (mut streaming, mut ready) = (None, None);
     while streaming.is_none() || ready.is_none() {
         assert!(began.elapsed() < PATIENCE, "it does not start\n{}", program.log());

@@ -12,7 +12,7 @@ use crate::load::{self, Scenario};
 use crate::process;
 use crate::rate::PAYLOAD_BYTES;
 use crate::results::{Results, Values, rounds, scaled, turned};
-use crate::subject::{Subject, WINDOW};
+use crate::subject::{Subject, WINDOW, Way};
 
 const SENDERS: u64 = 4;
 
@@ -83,7 +83,7 @@ impl Live<'_> {
         let clock = Instant::now();
         let expectation = Expectation { rows: self.rows + 1, is_ordered: false, clock: Some(clock), is_hashed: false };
         let consumer = Consumer::start(arena.rabbitmq.port(), Queue::Classic, &queue, expectation);
-        let program = self.subject.start(arena, slot, arena.rabbitmq.port());
+        let program = self.subject.start(arena, &Way { slot, broker: arena.rabbitmq.port(), exchange: &queue });
         let (database, table) = if polls { (POLLED, "polled") } else { (DATABASE, "outbox") };
         let url = arena.url(database);
         let sender = || Sender::open(&url, table, self.bytes, clock);

@@ -11,14 +11,12 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use tokio_postgres::{NoTls, Row};
 
-use crate::arena::EXCHANGE;
-
 const SELECT: &str = "select number, id::text, aggregatetype, aggregateid, type, payload::text from polled \
                       where published_at is null order by number limit $1 for update skip locked";
 const MARK: &str = "update polled set published_at = now() where number = any($1)";
 
 /// For ever: batches one after the other, and a rest after an empty one.
-pub(crate) fn run(url: &str, broker: u16, batch: u64, pause: Duration) {
+pub(crate) fn run(url: &str, broker: u16, exchange: &str, batch: u64, pause: Duration) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (mut client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();
@@ -33,7 +31,7 @@ pub(crate) fn run(url: &str, broker: u16, batch: u64, pause: Duration) {
         loop {
             let transaction = client.transaction().await.unwrap();
             let rows = transaction.query(&select, &[&limit]).await.unwrap();
-            publish(&channel, &rows).await;
+            publish(&channel, exchange, &rows).await;
             if !rows.is_empty() {
                 let numbers: Vec<i64> = rows.iter().map(|row| row.get(0)).collect();
                 transaction.execute(&mark, &[&numbers]).await.unwrap();
@@ -46,15 +44,15 @@ pub(crate) fn run(url: &str, broker: u16, batch: u64, pause: Duration) {
     });
 }
 
-async fn publish(channel: &Channel, rows: &[Row]) {
+async fn publish(channel: &Channel, exchange: &str, rows: &[Row]) {
     // All are written before the first confirm is waited for; lapin keeps the order in which the futures are polled first.
-    let sent = join_all(rows.iter().map(|row| send(channel, row))).await;
+    let sent = join_all(rows.iter().map(|row| send(channel, exchange, row))).await;
     for confirmation in join_all(sent).await {
         assert!(confirmation.unwrap().is_ack(), "the broker refused a message");
     }
 }
 
-async fn send(channel: &Channel, row: &Row) -> lapin::PublisherConfirm {
+async fn send(channel: &Channel, exchange: &str, row: &Row) -> lapin::PublisherConfirm {
     let (id, aggregatetype, aggregateid): (&str, &str, &str) = (row.get(1), row.get(2), row.get(3));
     let (kind, payload): (&str, &str) = (row.get(4), row.get(5));
     let mut headers = FieldTable::default();
@@ -68,6 +66,6 @@ async fn send(channel: &Channel, row: &Row) -> lapin::PublisherConfirm {
         .with_headers(headers);
     let key = format!("{aggregatetype}.{kind}");
     let options = BasicPublishOptions { mandatory: true, ..Default::default() };
-    let sent = channel.basic_publish(EXCHANGE.into(), key.as_str().into(), options, payload.as_bytes(), properties);
+    let sent = channel.basic_publish(exchange.into(), key.as_str().into(), options, payload.as_bytes(), properties);
     sent.await.unwrap()
 }

@@ -190,7 +190,8 @@ fn broker(arena: &mut Arena, results: &mut Results, queue: Queue) {
         let consumer = Consumer::start(arena.rabbitmq.port(), queue, &name, expectation);
         let (port, window) = (arena.rabbitmq.port().to_string(), WINDOW.to_string());
         let (rows_text, bytes) = (rows.to_string(), PAYLOAD_BYTES.to_string());
-        let settings = [("broker", &*port), ("window", &window), ("rows", &rows_text), ("bytes", &bytes)];
+        let settings =
+            [("broker", &*port), ("exchange", &name), ("window", &window), ("rows", &rows_text), ("bytes", &bytes)];
         let program = Program::own("publish", &settings);
         let wait = |consumer: &Consumer| consumer.wait().unwrap_or_else(|fault| panic!("publisher: {fault}"));
         wait(&consumer);

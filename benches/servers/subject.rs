@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::arena::{Arena, DATABASE, EXCHANGE, POLLED};
+use crate::arena::{Arena, DATABASE, POLLED};
 use crate::bare::amqp::Publisher;
 use crate::bare::postgres::Stream;
 use crate::bare::relay::Relay;
@@ -77,8 +77,8 @@ impl Subject {
         matches!(self, Self::Polling { .. })
     }
 
-    /// Starts it with this slot and the broker behind this port.
-    pub(crate) fn start(&self, arena: &Arena, slot: &str, broker: u16) -> Program {
+    pub(crate) fn start(&self, arena: &Arena, way: &Way) -> Program {
+        let Way { slot, broker, exchange } = *way;
         let postgres = arena.postgres.port().to_string();
         let broker_port = broker.to_string();
         match self {
@@ -86,7 +86,13 @@ impl Subject {
                 let window = window.to_string();
                 Program::own(
                     "bare",
-                    &[("postgres", &postgres), ("slot", slot), ("broker", &broker_port), ("window", &window)],
+                    &[
+                        ("postgres", &postgres),
+                        ("slot", slot),
+                        ("broker", &broker_port),
+                        ("exchange", exchange),
+                        ("window", &window),
+                    ],
                 )
             }
             Self::Polling { batch, pause } => {
@@ -94,12 +100,18 @@ impl Subject {
                 let (batch, pause) = (batch.to_string(), pause.as_millis().to_string());
                 Program::own(
                     "polling",
-                    &[("url", &url), ("broker", &broker_port), ("batch", &batch), ("pause", &pause)],
+                    &[
+                        ("url", &url),
+                        ("broker", &broker_port),
+                        ("exchange", exchange),
+                        ("batch", &batch),
+                        ("pause", &pause),
+                    ],
                 )
             }
             Self::Pgoutbox { binary, window, .. } => {
                 let amqp = format!("amqp://guest:guest@127.0.0.1:{broker}/%2f");
-                let mut settings = vec![("rabbitmq.url", amqp), ("rabbitmq.exchange", EXCHANGE.to_owned())];
+                let mut settings = vec![("rabbitmq.url", amqp), ("rabbitmq.exchange", exchange.to_owned())];
                 settings.extend(window.iter().flat_map(|window| fixed_window(*window)));
                 Program::pgoutbox(binary, &arena.url(DATABASE), slot, &settings)
             }
@@ -111,6 +123,14 @@ impl Subject {
 fn fixed_window(messages: usize) -> [(&'static str, String); 2] {
     // Bytes never bind.
     [("rabbitmq.window_messages", messages.to_string()), ("rabbitmq.window_bytes", "64MiB".to_owned())]
+}
+
+/// From where to where.
+pub(crate) struct Way<'a> {
+    pub(crate) slot: &'a str,
+    /// The port that leads to the broker.
+    pub(crate) broker: u16,
+    pub(crate) exchange: &'a str,
 }
 
 /// A running program. Dropped: killed.
@@ -208,19 +228,27 @@ pub(crate) fn run(name: &str, settings: &[String]) {
     let port = |key: &str| u16::try_from(number(key)).unwrap();
     let stream = || Stream::open(port("postgres"), DATABASE, text("slot"), "pgoutbox");
     match name {
-        "bare" => Relay::new(stream(), Publisher::open(port("broker"), EXCHANGE), number("window") as usize).run(),
+        "bare" => {
+            Relay::new(stream(), Publisher::open(port("broker"), text("exchange")), number("window") as usize).run()
+        }
         "drain" => {
             let (seconds, rows) = drain::run(stream(), number("rows"));
             println!("{seconds} {rows}");
         }
         "publish" => {
-            let publisher = Publisher::open(port("broker"), EXCHANGE);
+            let publisher = Publisher::open(port("broker"), text("exchange"));
             let window = number("window") as usize;
             let mut latencies = publisher::run(publisher, window, number("rows"), number("bytes") as usize);
             latencies.sort_unstable();
             println!("{}", latencies.get(latencies.len() / 2).map_or(0.0, |half| half.as_secs_f64() * 1e3));
         }
-        "polling" => polling::run(text("url"), port("broker"), number("batch"), Duration::from_millis(number("pause"))),
+        "polling" => polling::run(
+            text("url"),
+            port("broker"),
+            text("exchange"),
+            number("batch"),
+            Duration::from_millis(number("pause")),
+        ),
         other => panic!("there is no program {other}"),
     }
 }

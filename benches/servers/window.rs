@@ -15,7 +15,7 @@ use crate::load::{self, Scenario};
 use crate::process;
 use crate::rate::PAYLOAD_BYTES;
 use crate::results::{Results, Values, rounds, scaled, turned};
-use crate::subject::Subject;
+use crate::subject::{Subject, Way};
 
 pub(crate) const WINDOWS: [usize; 7] = [10, 30, 100, 300, 1000, 3000, 10_000];
 
@@ -84,7 +84,7 @@ fn measure(arena: &mut Arena, subject: &Subject, scenario: &Scenario, slot: &str
     let queue = arena.make_queue(place.queue);
     let expectation = Expectation { rows: scenario.rows, is_ordered: true, clock: None, is_hashed: false };
     let consumer = Consumer::start(arena.rabbitmq.port(), place.queue, &queue, expectation);
-    let program = subject.start(arena, slot, place.port);
+    let program = subject.start(arena, &Way { slot, broker: place.port, exchange: &queue });
     consumer.wait().unwrap_or_else(|fault| panic!("{}: {fault}\n{}", subject.name(), program.log()));
     std::thread::sleep(place.times.before);
     let (began, before, cpu) = (Instant::now(), consumer.count(), process::cpu(program.pid()));
