@@ -87,7 +87,7 @@ fn without_texts(line: &str) -> String {
 
 #[test]
 fn tidy_every_file_says_what_it_is_for() {
-    for below in ["src", "tests"] {
+    for below in ["src", "tests", "benches"] {
         for (name, text) in sources(below) {
             assert!(text.starts_with("//! "), "{below}/{name} does not open with its job");
         }
@@ -97,17 +97,20 @@ fn tidy_every_file_says_what_it_is_for() {
 #[test]
 fn tidy_files_and_functions_stay_small() {
     let mut faults = Vec::new();
-    for (name, text) in sources("src") {
+    let files = ["src", "benches"]
+        .into_iter()
+        .flat_map(|below| sources(below).into_iter().map(move |(name, text)| (format!("{below}/{name}"), text)));
+    for (name, text) in files {
         let lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]"));
         let count = lines.clone().count();
         if count > FILE_LINES_MAX {
-            faults.push(format!("src/{name} has {count} lines before its tests"));
+            faults.push(format!("{name} has {count} lines before its tests"));
         }
         let mut function: Option<(usize, usize, &str)> = None;
         for (number, line) in lines.enumerate() {
             let indent = line.len() - line.trim_start().len();
             if line.chars().count() > LINE_LENGTH_MAX {
-                faults.push(format!("src/{name}:{} is {} characters long", number + 1, line.chars().count()));
+                faults.push(format!("{name}:{} is {} characters long", number + 1, line.chars().count()));
             }
             let begins = ["fn ", "async fn "].iter().any(|word| {
                 let bare = line.trim_start().trim_start_matches("pub(super) ").trim_start_matches("pub(crate) ");
@@ -120,7 +123,7 @@ fn tidy_files_and_functions_stay_small() {
                 && line.trim_start().starts_with('}')
             {
                 if number - start + 1 > FUNCTION_LINES_MAX {
-                    faults.push(format!("src/{name}:{}: {} lines: {signature}", start + 1, number - start + 1));
+                    faults.push(format!("{name}:{}: {} lines: {signature}", start + 1, number - start + 1));
                 }
                 function = None;
             }
