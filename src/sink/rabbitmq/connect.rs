@@ -198,6 +198,11 @@ fn stranger(link: &Link, address: &Address, fault: Fault) -> Fault {
         (None, Fault::Lost(problem)) if is_plain => Fault::Lost(format!(
             "{problem}. Remedy: see that it runs; if this is its TLS port, say amqps:// in rabbitmq.url"
         )),
+        // What the broker says of a certificate gets lost when its reset overtakes it.
+        (None, Fault::Lost(problem)) if !problem.contains("Remedy: ") => Fault::Lost(format!(
+            "{problem}. Remedy: its log says why; it may demand a client certificate, or not trust ours \
+             (rabbitmq.tls_certificate)"
+        )),
         (_, fault) => fault,
     }
 }
