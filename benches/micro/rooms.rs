@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use pgoutbox::lsn::Lsn;
 use pgoutbox::metrics::Metrics;
-use pgoutbox::outbox::{Assembler, Item, Message, Position, Tables};
+use pgoutbox::outbox::mapping::Transaction;
+use pgoutbox::outbox::{Assembler, Item, Message, Tables};
 use pgoutbox::pg::pgoutput::{self, Message as Change};
 use pgoutbox::pg::replication::{Event, Identity, Status};
 use pgoutbox::relay::{Broker, Database, Error, Opened, Progress, Settings, Source};
+use pgoutbox::sink::rabbitmq::{Address, Files};
 use pgoutbox::sink::{self, RabbitMq, Receipt, Sink, rabbitmq, stdout};
 use pgoutbox::{pg, relay};
 use tokio::sync::watch;
@@ -44,10 +46,10 @@ pub(crate) fn map(rows: &Rows) -> Cost {
     let layout = mapping().layout(&relation.columns).unwrap();
     // One tuple, again and again: decoding is another room's.
     let Change::Insert(insert) = pgoutput::decode(rows.changes[2].clone()).unwrap() else { panic!("no insert") };
+    let transaction = Transaction::new(rows.end, 800_000_000_000_000);
     measured(|| {
         for seq in 0..rows.count {
-            let position = Position { commit_lsn: rows.end, seq };
-            black_box(layout.message(&insert.tuple, position, 800_000_000_000_000).unwrap());
+            black_box(layout.message(&insert.tuple, &transaction, seq).unwrap());
         }
     })
 }
@@ -82,7 +84,7 @@ pub(crate) fn publish(rows: &Rows) -> Cost {
     let mut messages = messages(rows).into_iter();
     let runtime = runtime();
     let settings = rabbitmq::Settings {
-        uris: vec![format!("amqp://127.0.0.1:{}", *PORT).parse().unwrap()],
+        addresses: Address::parse_all(&format!("amqp://127.0.0.1:{}", *PORT), &Files::default()).unwrap(),
         exchange: "bench".to_owned(),
         declare: true,
         message_bytes_max: 0,
@@ -118,6 +120,7 @@ pub(crate) fn relay(rows: &Rows) -> Cost {
     let broker = Nothing { left: rows.count, stop: Arc::new(stop) };
     let settings = Settings {
         window_messages: 1000,
+        window_messages_min: 1000,
         window_bytes: 64 << 20,
         confirm_timeout: Duration::from_secs(30),
         drain_timeout: Duration::from_secs(30),

@@ -6,8 +6,8 @@ use crate::arena::Queue;
 use crate::load::Scenario;
 use crate::rate::PAYLOAD_BYTES;
 use crate::results::{Results, Spread};
-use crate::subject::{BARE, PGOUTBOX, Subject};
-use crate::window::WINDOWS;
+use crate::subject::{BARE, PGOUTBOX, Subject, Window};
+use crate::window::{CHOSEN, WINDOWS};
 
 /// Of the bare relay's rate, of the walsender's, of the best fixed window's.
 const RATE_MIN: f64 = 0.95;
@@ -97,8 +97,9 @@ fn latencies(results: &Results) -> Vec<Bar> {
 /// The window that pgoutbox chooses, against every fixed one.
 fn windows(results: &Results) -> Vec<Bar> {
     let mut bars = Vec::new();
+    let chosen = Subject::pgoutbox_with(CHOSEN).name();
     for place in results.scenarios("window") {
-        let fixed = WINDOWS.map(|window| Subject::pgoutbox_with(window).name());
+        let fixed = WINDOWS.map(|window| Subject::pgoutbox_with(Window::Fixed(window)).name());
         let median = |name: &str, figure| results.spread("window", &place, name, figure).map(|spread| spread.median);
         let best = fixed.iter().max_by(|a, b| {
             let rate = |name: &String| median(name, "rate").unwrap_or(0.0);
@@ -107,14 +108,14 @@ fn windows(results: &Results) -> Vec<Bar> {
         let Some((best, best_rate)) = best.and_then(|best| Some((best, median(best, "rate")?))) else { continue };
         let smallest = fixed.iter().find(|name| median(name, "rate").is_some_and(|rate| rate >= RATE_MIN * best_rate));
         let smallest = smallest.unwrap_or(best);
-        if let Some(ratio) = results.ratio("window", &place, (PGOUTBOX, best), "rate") {
+        if let Some(ratio) = results.ratio("window", &place, (&chosen, best), "rate") {
             bars.push(Bar::at_least(
                 format!("chosen window, rate of the best fixed ({best}): {place}"),
                 RATE_MIN,
                 ratio,
             ));
         }
-        if let Some(ratio) = results.ratio("window", &place, (PGOUTBOX, smallest), "confirm_ms") {
+        if let Some(ratio) = results.ratio("window", &place, (&chosen, smallest), "confirm_ms") {
             let what = format!("chosen window, confirm latency of the smallest as fast ({smallest}): {place}");
             bars.push(Bar::at_most(what, CONFIRM_MAX, ratio));
         }

@@ -10,7 +10,7 @@ use crate::arena::Arena;
 use crate::bars::{self, Bar};
 use crate::picture::{Chart, Series};
 use crate::results::{Results, Spread, rounds};
-use crate::subject::{BARE, PGOUTBOX, Subject};
+use crate::subject::{BARE, PGOUTBOX, Subject, Window};
 use crate::window::WINDOWS;
 
 /// A part's table: its figures, and what is compared with the bare relay.
@@ -65,6 +65,7 @@ const TABLES: [Table; 8] = [
             ("rate", "rows/s"),
             ("confirm_ms", "confirm, ms"),
             ("in_flight", "in flight"),
+            ("window", "window, at the end"),
             ("relay_us", "relay, us"),
             ("peak_mib", "peak, MiB"),
         ],
@@ -236,7 +237,7 @@ fn charts(results: &Results) -> [(&'static str, Chart); 4] {
     let window = |figure: &'static str| -> Vec<Series> {
         let place = |place: String| {
             let point = |window: usize| {
-                let subject = Subject::pgoutbox_with(window).name();
+                let subject = Subject::pgoutbox_with(Window::Fixed(window)).name();
                 Some((window as f64, results.spread("window", &place, &subject, figure)?.median))
             };
             Series { points: WINDOWS.into_iter().filter_map(point).collect(), name: place }

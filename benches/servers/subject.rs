@@ -22,13 +22,40 @@ pub(crate) const WINDOW: usize = 1000;
 pub(crate) const BARE: &str = "bare";
 pub(crate) const PGOUTBOX: &str = "pgoutbox";
 
+/// Messages in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Window {
+    /// As it comes: chosen by itself, up to 1000.
+    Default,
+    /// Always so many.
+    Fixed(usize),
+    /// Chosen by itself, up to so many.
+    UpTo(usize),
+}
+
+impl Window {
+    fn settings(self) -> Vec<(&'static str, String)> {
+        // Bytes never bind.
+        let bytes = ("rabbitmq.window_bytes", "64MiB".to_owned());
+        match self {
+            Window::Default => Vec::new(),
+            Window::UpTo(messages) => vec![("rabbitmq.window_messages", messages.to_string()), bytes],
+            Window::Fixed(messages) => vec![
+                ("rabbitmq.window_messages", messages.to_string()),
+                ("rabbitmq.window_messages_min", messages.to_string()),
+                bytes,
+            ],
+        }
+    }
+}
+
 /// A program and how it is set.
 #[derive(Clone, Debug)]
 pub(crate) enum Subject {
     /// The bare relay.
     Bare { window: usize },
-    /// A relay of ours; `None`: with the window that it chooses itself.
-    Pgoutbox { name: String, binary: PathBuf, window: Option<usize> },
+    /// A relay of ours.
+    Pgoutbox { name: String, binary: PathBuf, window: Window },
     /// A polling relay: rows at a time, and the rest after an empty look.
     Polling { batch: u64, pause: Duration },
 }
@@ -40,22 +67,18 @@ impl Subject {
 
     /// As it comes.
     pub(crate) fn pgoutbox() -> Self {
-        Self::Pgoutbox { name: PGOUTBOX.to_owned(), binary: env!("CARGO_BIN_EXE_pgoutbox").into(), window: None }
+        Self::pgoutbox_with(Window::Default)
     }
 
-    /// With a window that does not move.
-    pub(crate) fn pgoutbox_with(window: usize) -> Self {
-        Self::Pgoutbox {
-            name: PGOUTBOX.to_owned(),
-            binary: env!("CARGO_BIN_EXE_pgoutbox").into(),
-            window: Some(window),
-        }
+    /// With another window.
+    pub(crate) fn pgoutbox_with(window: Window) -> Self {
+        Self::Pgoutbox { name: PGOUTBOX.to_owned(), binary: env!("CARGO_BIN_EXE_pgoutbox").into(), window }
     }
 
     /// Another build of it, to be compared with this one in the same run.
     pub(crate) fn against() -> Option<Self> {
         let binary = std::env::var_os("BENCH_AGAINST").filter(|path| !path.is_empty())?;
-        Some(Self::Pgoutbox { name: "against".to_owned(), binary: binary.into(), window: None })
+        Some(Self::Pgoutbox { name: "against".to_owned(), binary: binary.into(), window: Window::Default })
     }
 
     pub(crate) fn polling(batch: u64) -> Self {
@@ -66,8 +89,9 @@ impl Subject {
         match self {
             Self::Bare { window: WINDOW } => BARE.to_owned(),
             Self::Bare { window } => format!("bare, window {window}"),
-            Self::Pgoutbox { name, window: None, .. } => name.clone(),
-            Self::Pgoutbox { name, window: Some(window), .. } => format!("{name}, window {window}"),
+            Self::Pgoutbox { name, window: Window::Default, .. } => name.clone(),
+            Self::Pgoutbox { name, window: Window::Fixed(window), .. } => format!("{name}, window {window}"),
+            Self::Pgoutbox { name, window: Window::UpTo(window), .. } => format!("{name}, up to {window}"),
             Self::Polling { batch, pause: Duration::ZERO } => format!("polling, batch {batch}"),
             Self::Polling { pause, .. } => format!("polling every {} ms", pause.as_millis()),
         }
@@ -112,17 +136,11 @@ impl Subject {
             Self::Pgoutbox { binary, window, .. } => {
                 let amqp = format!("amqp://guest:guest@127.0.0.1:{broker}/%2f");
                 let mut settings = vec![("rabbitmq.url", amqp), ("rabbitmq.exchange", exchange.to_owned())];
-                settings.extend(window.iter().flat_map(|window| fixed_window(*window)));
+                settings.extend(window.settings());
                 Program::pgoutbox(binary, &arena.url(DATABASE), slot, &settings)
             }
         }
     }
-}
-
-/// The settings of a window that does not move.
-fn fixed_window(messages: usize) -> [(&'static str, String); 2] {
-    // Bytes never bind.
-    [("rabbitmq.window_messages", messages.to_string()), ("rabbitmq.window_bytes", "64MiB".to_owned())]
 }
 
 /// From where to where.

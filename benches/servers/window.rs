@@ -1,4 +1,5 @@
-//! Rate and confirm latency against the window: of pgoutbox with windows that are fixed, and with the one it chooses.
+//! Rate and confirm latency against the window: of pgoutbox with windows that are fixed, with the one it chooses within the
+//! same bounds, and with the one it chooses as it comes.
 //!
 //! The latency is Little's: what is in flight over the rate. That is what a message waits between entering the window and
 //! its confirm, on average, and it costs nothing to measure.
@@ -15,9 +16,12 @@ use crate::load::{self, Scenario};
 use crate::process;
 use crate::rate::PAYLOAD_BYTES;
 use crate::results::{Results, Values, rounds, scaled, turned};
-use crate::subject::{Subject, Way};
+use crate::subject::{Subject, Way, Window};
 
 pub(crate) const WINDOWS: [usize; 7] = [10, 30, 100, 300, 1000, 3000, 10_000];
+
+/// The window that has all these within its bounds.
+pub(crate) const CHOSEN: Window = Window::UpTo(10_000);
 
 /// What a ping to the far broker would say.
 pub(crate) const ROUND_TRIP: Duration = Duration::from_millis(50);
@@ -36,7 +40,8 @@ const NEAR: Times = Times { before: Duration::from_millis(500), counted: Duratio
 const FAR: Times = Times { before: Duration::from_secs(3), counted: Duration::from_secs(2), rows: 400_000 };
 
 pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
-    let mut subjects: Vec<Subject> = WINDOWS.iter().map(|window| Subject::pgoutbox_with(*window)).collect();
+    let mut subjects: Vec<Subject> = WINDOWS.map(Window::Fixed).map(Subject::pgoutbox_with).into();
+    subjects.push(Subject::pgoutbox_with(CHOSEN));
     subjects.push(Subject::pgoutbox());
     subjects.extend(Subject::against());
     let near = arena.rabbitmq.port();
