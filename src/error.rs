@@ -112,7 +112,7 @@ fn relay(error: &relay::Error) -> ExitCode {
         relay::Error::Outbox(outbox::Error::Row { .. }) => ExitCode::Row,
         relay::Error::Outbox(_) => ExitCode::World,
         relay::Error::Sink(sink::Error::Undeliverable { .. }) => ExitCode::Row,
-        relay::Error::Sink(sink::Error::Setup { .. }) => ExitCode::World,
+        relay::Error::Sink(sink::Error::Setup(_)) => ExitCode::World,
         relay::Error::Sink(_)
         | relay::Error::GaveUp { .. }
         | relay::Error::OldTimeline { .. }

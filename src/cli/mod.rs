@@ -17,7 +17,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, Needs, Sources};
 use crate::error::{Error, ExitCode};
-use crate::relay::explain;
+use crate::finding::explain;
 
 /// The transactional outbox for Postgres, straight from the write-ahead log to RabbitMQ.
 #[derive(Debug, Parser)]

@@ -13,6 +13,7 @@ use super::catalog::{Control, SERVER};
 use super::connection::{Connection, Frame, Purpose};
 use super::error::{Error, ServerError};
 use super::settings::Settings;
+use super::world::literal;
 use crate::lsn::Lsn;
 
 /// 2000-01-01 UTC, Postgres' epoch, in seconds since 1970.
@@ -23,6 +24,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A command that reads no WAL answers in milliseconds; one that does not is a peer that is not there.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a look at what is next may hold the slot: well below [`ANSWER_TIMEOUT`], since the server must end it.
+const PEEK_MILLISECONDS: u32 = 5_000;
 
 /// How long a clean end may take: the server answers as soon as it has read our last status.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -137,6 +141,23 @@ impl Replication {
         let rows = self.ask("SHOW wal_sender_timeout").await?;
         let text = rows.into_iter().flatten().flatten().next().ok_or_else(wrong)?;
         parse_duration(&text).ok_or_else(wrong)
+    }
+
+    /// Decodes what the slot would stream first, up to one transaction, and moves nothing. Holds the slot meanwhile.
+    ///
+    /// # Errors
+    /// What would end a stream at its beginning; `Server` with 55006 when the slot is in use, with 57014 when it takes long.
+    pub async fn peek(&mut self, slot: &str, publication: &str) -> Result<(), Error> {
+        self.ask(&format!("set statement_timeout = {PEEK_MILLISECONDS}")).await?;
+        let command = format!(
+            "select count(*) from pg_catalog.pg_logical_slot_peek_binary_changes({}, null, 1, 'proto_version', '1', \
+             'publication_names', '{}')",
+            literal(slot),
+            quoted_list(publication),
+        );
+        let late = Error::Timeout { during: "decoding what is next", after: ANSWER_TIMEOUT };
+        let peeking = self.connection.query_and_hear(&command, notice);
+        timeout(ANSWER_TIMEOUT, peeking).await.unwrap_or(Err(late)).map(|_| ())
     }
 
     async fn ask(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, Error> {

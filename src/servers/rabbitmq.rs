@@ -36,7 +36,7 @@ const PROBE_WITHIN: Duration = Duration::from_secs(2);
 const PROTOCOL_HEADER: &[u8] = b"AMQP\x00\x00\x09\x01";
 const FRAME_METHOD: u8 = 1;
 
-/// A private RabbitMQ node without plugins; dropping it kills it and removes its data.
+/// A private RabbitMQ node, as a rule without plugins; dropping it kills it and removes its data.
 #[derive(Debug)]
 pub struct RabbitMq {
     root: PathBuf,
@@ -44,6 +44,7 @@ pub struct RabbitMq {
     port: u16,
     distribution_port: u16,
     epmd_port: u16,
+    management_port: Option<u16>,
     epmd: Option<Child>,
     beam: Option<Child>,
     // Dropped in this order, after our own Drop killed both children.
@@ -69,6 +70,29 @@ impl RabbitMq {
                 result => return result.map(|()| server),
             }
         }
+    }
+
+    /// A node with the management plugin, which answers on [`Self::management_url`].
+    pub fn start_with_management() -> Result<Self, Error> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let mut server = Self::prepare(Path::new("/"))?;
+            let [port] = free_ports()?;
+            server.management_port = Some(port);
+            server.write("enabled_plugins", "[rabbitmq_management].\n")?;
+            let listen = format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
+            server.write("rabbitmq.conf", &format!("{CONFIGURATION}{listen}"))?;
+            match server.start_again() {
+                Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
+                result => return result.map(|()| server),
+            }
+        }
+    }
+
+    /// Of the management API, without user and password; `None` without the plugin.
+    pub fn management_url(&self) -> Option<String> {
+        self.management_port.map(|port| format!("http://127.0.0.1:{port}"))
     }
 
     /// `amqp://guest:guest@127.0.0.1:PORT/%2f`.
@@ -149,8 +173,17 @@ impl RabbitMq {
 
     /// What `rabbitmqctl --quiet ARGS` against this node prints. It takes about a second: it is an Erlang machine too.
     pub fn ctl(&self, args: &[&str]) -> Result<String, Error> {
+        self.ctl_told(args, "")
+    }
+
+    /// The same, with an answer to what it asks for, such as a password.
+    pub fn ctl_told(&self, args: &[&str], input: &str) -> Result<String, Error> {
         let mut ctl = self.command(&self.root.join(BIN).join("rabbitmqctl"));
-        let output = ctl.arg("--quiet").args(args).output().map_err(Error::io("run rabbitmqctl"))?;
+        ctl.arg("--quiet").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut ctl = ctl.spawn().map_err(Error::io("run rabbitmqctl"))?;
+        // One that asks for nothing may be gone before it is told.
+        let _ = ctl.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+        let output = ctl.wait_with_output().map_err(Error::io("run rabbitmqctl"))?;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() {
             return Ok(printed);
@@ -173,7 +206,18 @@ impl RabbitMq {
         let keeper = Keeper::of(directory.path())?;
         let [port, distribution_port, epmd_port] = free_ports()?;
         let node = format!("pgoutbox-{port}@localhost");
-        let server = Self { root, node, port, distribution_port, epmd_port, epmd: None, beam: None, directory, keeper };
+        let server = Self {
+            root,
+            node,
+            port,
+            distribution_port,
+            epmd_port,
+            management_port: None,
+            epmd: None,
+            beam: None,
+            directory,
+            keeper,
+        };
         server.write("enabled_plugins", "[].\n")?;
         server.write("rabbitmq.conf", CONFIGURATION)?;
         Ok(server)

@@ -9,6 +9,7 @@ mod door;
 mod failover;
 mod faults;
 mod feedback;
+mod findings;
 mod fuzz;
 mod golden;
 mod links;

@@ -5,9 +5,10 @@
 use std::path::{Path, PathBuf};
 
 /// What a room (files whose path below `src/` starts so) never names.
-const NEVER: [(&str, &[&str]); 14] = [
+const NEVER: [(&str, &[&str]); 15] = [
     ("lsn", &["crate::"]),
     ("retry", &["crate::"]),
+    ("finding", &["crate::"]),
     ("pg/pgoutput", &["tokio", "std::net", "crate::outbox", "crate::relay", "crate::sink", "crate::config"]),
     ("pg/", &["crate::outbox", "crate::relay", "crate::sink", "crate::config", "crate::metrics", "crate::cli"]),
     ("outbox/", &["tokio", "std::net", "crate::sink", "crate::relay", "crate::config", "crate::metrics", "crate::cli"]),

@@ -121,7 +121,7 @@ async fn check_says_every_fault_at_once_as_text_and_as_json() {
     for problem in ["slot", "publication", "table"] {
         assert!(out.lines().any(|line| line.starts_with("WRONG") && line.contains(problem)), "{problem} in\n{out}");
     }
-    assert_eq!(out.matches("remedy: ").count(), out.matches("WRONG").count(), "{out}");
+    assert_eq!(out.matches("\n       shell: pgoutbox init\n").count(), out.matches("WRONG").count(), "{out}");
     let (code, out, _) = verb(&outbox, &["check", "--json"]);
     assert_eq!(code, WORLD);
     let lines: Json = serde_json::from_str(&out).unwrap();
@@ -144,7 +144,7 @@ async fn check_looks_at_the_broker_and_declares_nothing_there() {
     assert_eq!(verb(&outbox, &strict).0, WORLD, "`check` did not");
     outbox.amqp = "amqp://guest:guest@127.0.0.1:1/%2f".to_owned();
     let (code, out, _) = verb(&outbox, &["check"]);
-    assert!(code == WORLD && out.contains("WRONG RabbitMQ at 127.0.0.1:1"), "{out}");
+    assert!(code == WORLD && out.contains("WRONG  RabbitMQ at 127.0.0.1:1"), "{out}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,12 +7,14 @@ use std::future::Future;
 use std::time::Duration;
 
 use amq_protocol_uri::{AMQPScheme, AMQPUri, SASLMechanism};
+use bytes::BytesMut;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
-use super::frames::{Close, Fault, Word};
+use super::frames::{Fault, Word};
 use super::link::{Link, Stream};
-use super::{Settings, broken, explain, host, refused_exchange, tls, wire};
+use super::refusal::Account;
+use super::{Settings, tls, wire};
 use crate::metrics::Metrics;
 use crate::sink::Error;
 
@@ -45,31 +47,40 @@ pub(super) async fn answer<T>(during: &'static str, pending: impl Future<Output 
 
 /// Opens a connection and its channel, and makes sure of the exchange.
 pub(super) async fn open(uri: &AMQPUri, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
-    let unreachable = |problem: String| Error::Unreachable { host: host(uri), problem };
+    let account = Account::of(uri, settings);
+    let mut opened = enter(uri, &account, metrics).await?;
+    let link = &mut opened.link;
+    let failed = |fault: Fault| account.failure(&fault);
+    let channel = |word: &Word| matches!(word, Word::ChannelOpenOk);
+    ask(link, metrics, "opening a channel", wire::channel_open, channel).await?.map_err(failed)?;
+    let declare = |out: &mut BytesMut| wire::exchange_declare(out, &settings.exchange, settings.declare);
+    let declared = |word: &Word| matches!(word, Word::ExchangeDeclareOk);
+    ask(link, metrics, "declaring the exchange", declare, declared).await?.map_err(failed)?;
+    let selected = |word: &Word| matches!(word, Word::ConfirmSelectOk);
+    ask(link, metrics, "selecting confirms", wire::confirm_select, selected).await?.map_err(failed)?;
+    Ok(opened)
+}
+
+/// Opens a connection, without a channel.
+pub(super) async fn enter(uri: &AMQPUri, account: &Account, metrics: &Metrics) -> Result<Opened, Error> {
     let connecting = async {
         let stream = reach(uri).await.map_err(Fault::Lost)?;
         let mut link = Link::new(stream, FRAME_BYTES_MAX as usize);
         greet(&mut link, uri, metrics).await.map(|greeted| greeted.opened(link))
     };
-    let mut opened = answer("connecting", connecting).await?.map_err(|fault| unreachable(explain(&fault)))?;
-    let link = &mut opened.link;
-    let opening = async {
-        wire::channel_open(link.output.tail());
-        heard(link, metrics, |word| matches!(word, Word::ChannelOpenOk)).await
-    };
-    answer("opening a channel", opening).await?.map_err(|fault| broken(&fault))?;
-    let declaring = async {
-        wire::exchange_declare(link.output.tail(), &settings.exchange, settings.declare);
-        heard(link, metrics, |word| matches!(word, Word::ExchangeDeclareOk)).await
-    };
-    let declared = answer("declaring the exchange", declaring).await?;
-    declared.map_err(|fault| refused_exchange(&settings.exchange, &fault))?;
-    let selecting = async {
-        wire::confirm_select(link.output.tail());
-        heard(link, metrics, |word| matches!(word, Word::ConfirmSelectOk)).await
-    };
-    answer("selecting confirms", selecting).await?.map_err(|fault| broken(&fault))?;
-    Ok(opened)
+    answer("connecting", connecting).await?.map_err(|fault| account.outside(&fault))
+}
+
+/// Says something and waits for its answer.
+pub(super) async fn ask(
+    link: &mut Link,
+    metrics: &Metrics,
+    during: &'static str,
+    say: impl FnOnce(&mut BytesMut),
+    wanted: impl Fn(&Word) -> bool,
+) -> Result<Result<Word, Fault>, Error> {
+    say(link.output.tail());
+    answer(during, heard(link, metrics, wanted)).await
 }
 
 /// A socket to the first address that takes it, with TLS where the URL says so.
@@ -179,9 +190,4 @@ async fn heard(link: &mut Link, metrics: &Metrics, wanted: impl Fn(&Word) -> boo
         }
         link.moved().await?;
     }
-}
-
-/// Whether this is about declaring an exchange.
-pub(super) fn is_about_exchange(close: &Close) -> bool {
-    close.method == (40, 10)
 }
