@@ -36,6 +36,8 @@ pub struct Metrics {
     pub in_flight_messages: Gauge,
     /// Their bytes.
     pub in_flight_bytes: Gauge,
+    /// How many messages may be in flight now.
+    pub window_messages: Gauge,
     /// From a transaction's commit until the broker held the message.
     pub commit_to_settled: Histogram,
     /// What Postgres was told.
@@ -101,6 +103,7 @@ impl Metrics {
             published_beyond_switchpoint: Counter::default(),
             in_flight_messages: Gauge::default(),
             in_flight_bytes: Gauge::default(),
+            window_messages: Gauge::default(),
             commit_to_settled: Histogram::new(COMMIT_TO_SETTLED_BUCKETS),
             confirmed_lsn: Gauge::default(),
             received_lsn: Gauge::default(),
@@ -135,6 +138,7 @@ impl Metrics {
             self.in_flight_messages.clone(),
         );
         registry.register("in_flight_bytes", "Bytes published and not yet settled", self.in_flight_bytes.clone());
+        registry.register("window_messages", "Messages that may be in flight now", self.window_messages.clone());
         registry.register_with_unit(
             "commit_to_settled",
             "From a transaction's commit until the broker held the message",
@@ -305,6 +309,7 @@ mod tests {
             "pgoutbox_published_beyond_switchpoint_total 0",
             "pgoutbox_in_flight_messages 0",
             "pgoutbox_in_flight_bytes 0",
+            "pgoutbox_window_messages 0",
             "pgoutbox_commit_to_settled_seconds_count 0",
             "pgoutbox_oldest_unsettled_seconds 0",
             "pgoutbox_confirmed_lsn 0",

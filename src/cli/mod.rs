@@ -94,13 +94,22 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     exit_70_on_panic();
     start_logs(&arguments.common);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match runtime(&arguments.verb).enable_all().build() {
         Ok(runtime) => runtime,
         Err(source) => return report(&Error::System { doing: "cannot start threads".to_owned(), source }),
     };
     match runtime.block_on(dispatch(&arguments)) {
         Ok(()) => ExitCode::Stopped,
         Err(error) => report(&error),
+    }
+}
+
+/// One thread for the relay: a message passes three stations, and to wake another thread at each costs more than they do.
+/// `demo` is many programs in one.
+fn runtime(verb: &Verb) -> tokio::runtime::Builder {
+    match verb {
+        Verb::Demo(_) => tokio::runtime::Builder::new_multi_thread(),
+        _ => tokio::runtime::Builder::new_current_thread(),
     }
 }
 

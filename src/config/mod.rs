@@ -41,7 +41,7 @@ const fn secret(name: &'static str, help: &'static str) -> Key {
 }
 
 /// Every setting there is.
-pub const KEYS: [Key; 24] = [
+pub const KEYS: [Key; 25] = [
     secret("postgres.url", "libpq URL or key/value string; else DATABASE_URL, else libpq's defaults and PG* variables"),
     key("postgres.slot", "pgoutbox", "the logical replication slot"),
     key("postgres.publication", "pgoutbox", "the publication"),
@@ -60,6 +60,12 @@ pub const KEYS: [Key; 24] = [
     key("rabbitmq.declare", "true", "declare it as a durable topic exchange; `false`: only look that it exists"),
     key("rabbitmq.routing_key", "{aggregatetype}.{type}", "a template over the row's columns"),
     key("rabbitmq.window_messages", "1000", "messages published and not confirmed, at most"),
+    key(
+        "rabbitmq.window_messages_min",
+        "16",
+        "the window grows from here while the rate grows with it, and shrinks when only latency would; as large as \
+         `window_messages`, it is fixed",
+    ),
     key("rabbitmq.window_bytes", "4MiB", "their bytes, at most; a larger message goes alone"),
     key(
         "rabbitmq.message_bytes_max",
@@ -237,10 +243,16 @@ impl Raw<'_> {
             Ok(count) if (1..=100_000).contains(&count) => Ok(count),
             _ => Err("a number from 1 to 100000 is needed".to_owned()),
         });
+        let window_messages_min = self.parsed("rabbitmq.window_messages_min", 1, |text| match text.parse::<usize>() {
+            Ok(count) if count >= 1 => Ok(count),
+            _ => Err("a number from 1 is needed".to_owned()),
+        });
         let window_bytes = self.parsed("rabbitmq.window_bytes", 1, |text| bytes(text, 1 << 30));
         let second = Duration::from_secs(1);
         relay::Settings {
             window_messages,
+            // The least is for small machines as good as for large ones; the most is what somebody chose.
+            window_messages_min: window_messages_min.min(window_messages),
             window_bytes: usize::try_from(window_bytes).unwrap_or(usize::MAX),
             confirm_timeout: self.parsed("rabbitmq.confirm_timeout", second, duration),
             drain_timeout: self.parsed("run.drain_timeout", second, duration),

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 
-use super::mapping::{Layout, Mapping};
+use super::mapping::{Layout, Mapping, Transaction};
 use super::{Error, Item, Position};
 use crate::lsn::Lsn;
 use crate::pg::pgoutput::{self, Insert, Message as Change, Relation};
@@ -50,10 +50,9 @@ struct Known {
 }
 
 /// A transaction of which not all is here yet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Open {
-    commit_lsn: Lsn,
-    commit_time: i64,
+    transaction: Transaction,
     rows: u64,
 }
 
@@ -95,15 +94,16 @@ impl Assembler {
                         begin.final_lsn, self.reached
                     )));
                 }
-                self.open = Some(Open { commit_lsn: begin.final_lsn, commit_time: begin.commit_time, rows: 0 });
+                let transaction = Transaction::new(begin.final_lsn, begin.commit_time);
+                self.open = Some(Open { transaction, rows: 0 });
                 Ok(None)
             }
             Change::Commit(commit) => {
-                let open = self.opened("COMMIT")?;
-                if commit.commit_lsn != open.commit_lsn || commit.end_lsn <= commit.commit_lsn {
+                let begun = opened(&mut self.open, "COMMIT")?.transaction.commit_lsn;
+                if commit.commit_lsn != begun || commit.end_lsn <= commit.commit_lsn {
                     return Err(Error::Order(format!(
                         "COMMIT at {} to {} of the transaction at {}",
-                        commit.commit_lsn, commit.end_lsn, open.commit_lsn
+                        commit.commit_lsn, commit.end_lsn, begun
                     )));
                 }
                 self.possible(commit.end_lsn)?;
@@ -151,7 +151,7 @@ impl Assembler {
     }
 
     fn insert(&mut self, insert: &Insert) -> Result<Option<Item>, Error> {
-        let open = self.opened("INSERT")?;
+        let open = opened(&mut self.open, "INSERT")?;
         let oid = insert.relation_id;
         let Some(known) = self.relations.get_mut(&oid) else {
             return Err(Error::Order(format!("a row of table {oid} before its description")));
@@ -171,22 +171,24 @@ impl Assembler {
             Some(layout) => layout,
             none => none.insert(self.mapping.layout(&known.relation.columns)?),
         };
-        let position = Position { commit_lsn: open.commit_lsn, seq: open.rows };
-        let message = layout.message(&insert.tuple, position, open.commit_time)?;
-        self.open = Some(Open { rows: open.rows + 1, ..open });
+        let message = layout.message(&insert.tuple, &open.transaction, open.rows)?;
+        let position = Position { commit_lsn: open.transaction.commit_lsn, seq: open.rows };
+        open.rows += 1;
         Ok(Some(Item::Message(position, message)))
     }
 
-    fn opened(&self, what: &str) -> Result<Open, Error> {
-        self.open.ok_or_else(|| Error::Order(format!("{what} outside a transaction")))
-    }
-
     fn closed(&self, what: &str) -> Result<(), Error> {
-        match self.open {
+        match &self.open {
             None => Ok(()),
-            Some(open) => Err(Error::Order(format!("{what} inside the transaction at {}", open.commit_lsn))),
+            Some(open) => {
+                Err(Error::Order(format!("{what} inside the transaction at {}", open.transaction.commit_lsn)))
+            }
         }
     }
+}
+
+fn opened<'a>(open: &'a mut Option<Open>, what: &str) -> Result<&'a mut Open, Error> {
+    open.as_mut().ok_or_else(|| Error::Order(format!("{what} outside a transaction")))
 }
 
 #[cfg(test)]
@@ -306,7 +308,7 @@ mod tests {
             .unwrap();
         let row = ["{}", "n", "2", "user", "9", "left"];
         let Some(Item::Message(_, message)) = assembler.change(insert(OUTBOX, &row)).unwrap() else { panic!() };
-        assert_eq!((message.id.as_str(), message.destination.as_str()), ("2", "user"));
+        assert_eq!((&*message.id, &*message.destination), ("2", "user"));
         assembler.change(relation(OUTBOX, "outbox", &["id"])).unwrap();
         assert!(matches!(assembler.change(insert(OUTBOX, &["3"])), Err(Error::Columns(_))));
     }

@@ -3,6 +3,7 @@
 //! The trap: some names make the broker do things. `CC` and `BCC` route copies to other queues, and satisfy `mandatory`
 //! although the routing key leads nowhere; a row must not be able to say that.
 
+use bytestring::ByteString;
 use serde_json::Value as Json;
 
 use super::message::HeaderValue;
@@ -34,7 +35,7 @@ const RESERVED_PREFIXES: [&str; 3] = ["x-outbox-", "x-first-death-", "x-last-dea
 ///
 /// # Errors
 /// What is wrong, naming the field and never its value.
-pub fn read(text: &[u8], headers: &mut Vec<(String, HeaderValue)>) -> Result<(), String> {
+pub fn read(text: &[u8], headers: &mut Vec<(ByteString, HeaderValue)>) -> Result<(), String> {
     let json: Json = serde_json::from_slice(text).map_err(|_| "column headers is not valid JSON".to_owned())?;
     let fields = match json {
         Json::Null => return Ok(()),
@@ -43,11 +44,11 @@ pub fn read(text: &[u8], headers: &mut Vec<(String, HeaderValue)>) -> Result<(),
     };
     for (name, value) in fields {
         refuse_name(&name)?;
-        if headers.iter().any(|(present, _)| *present == name) {
+        if headers.iter().any(|(present, _)| **present == *name) {
             return Err(format!("header {name:?} is set by a column of its own already"));
         }
         let value = value_of(value, 0).map_err(|problem| format!("header {name:?}: {problem}"))?;
-        headers.push((name, value));
+        headers.push((name.into(), value));
     }
     Ok(())
 }
@@ -70,7 +71,7 @@ fn value_of(json: Json, depth: usize) -> Result<HeaderValue, String> {
     Ok(match json {
         Json::Null => HeaderValue::Null,
         Json::Bool(value) => HeaderValue::Bool(value),
-        Json::String(text) => HeaderValue::Text(text),
+        Json::String(text) => HeaderValue::Text(text.into()),
         Json::Number(number) => match (number.as_i64(), number.is_u64(), number.as_f64()) {
             (Some(whole), ..) => HeaderValue::Int(whole),
             // A float would not be the same number.
@@ -86,7 +87,7 @@ fn value_of(json: Json, depth: usize) -> Result<HeaderValue, String> {
                 if name.len() > NAME_BYTES_MAX {
                     return Err(format!("a nested name has {} bytes; {NAME_BYTES_MAX} are possible", name.len()));
                 }
-                Ok((name, value_of(value, depth + 1)?))
+                Ok((name.into(), value_of(value, depth + 1)?))
             };
             HeaderValue::Map(fields.into_iter().map(field).collect::<Result<_, _>>()?)
         }
@@ -97,8 +98,8 @@ fn value_of(json: Json, depth: usize) -> Result<HeaderValue, String> {
 mod tests {
     use super::*;
 
-    fn read_all(text: &str) -> Result<Vec<(String, HeaderValue)>, String> {
-        let mut headers = vec![("traceparent".to_owned(), HeaderValue::from("00-1"))];
+    fn read_all(text: &str) -> Result<Vec<(ByteString, HeaderValue)>, String> {
+        let mut headers = vec![("traceparent".into(), HeaderValue::from("00-1"))];
         read(text.as_bytes(), &mut headers)?;
         Ok(headers.split_off(1))
     }
@@ -106,7 +107,7 @@ mod tests {
     #[test]
     fn fields_keep_their_types() {
         let headers = read_all(r#"{"a":"x","b":7,"c":1.5,"d":true,"e":null,"f":[1,{"g":"h"}]}"#).unwrap();
-        let nested = HeaderValue::Map(vec![("g".to_owned(), HeaderValue::from("h"))]);
+        let nested = HeaderValue::Map(vec![("g".into(), HeaderValue::from("h"))]);
         let expected = [
             ("a", HeaderValue::from("x")),
             ("b", HeaderValue::Int(7)),
@@ -115,7 +116,7 @@ mod tests {
             ("e", HeaderValue::Null),
             ("f", HeaderValue::List(vec![HeaderValue::Int(1), nested])),
         ];
-        assert_eq!(headers, expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(headers, expected.map(|(name, value)| (name.into(), value)));
         assert_eq!(read_all("null").unwrap(), []);
     }
 

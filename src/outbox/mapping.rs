@@ -4,12 +4,14 @@
 //! NULL is not empty; a text may not be UTF-8 in a SQL_ASCII database; and an AMQP short string ends at 255 *bytes*.
 
 use bytes::Bytes;
+use bytestring::ByteString;
 
 use super::columns::{AGGREGATEID, AGGREGATETYPE, HEADERS, ID, KIND, PAYLOAD, Search, TRACEPARENT, TRACESTATE};
 use super::message::{HeaderValue, Message};
 use super::template::Template;
 use super::{Error, Position, headers};
 use crate::finding::Remedy;
+use crate::lsn::Lsn;
 use crate::pg::pgoutput::{Column, Value};
 
 /// AMQP's limit for routing key, message id and type, in bytes.
@@ -132,93 +134,115 @@ impl Layout {
         self.payload
     }
 
-    /// Makes the message of one row.
+    /// Makes the message of a transaction's row of that number.
     ///
     /// # Errors
     /// `Row` when no broker could take it, naming the row, the column and never a value but the id.
-    pub fn message(&self, tuple: &[Value], position: Position, commit_time: i64) -> Result<Message, Error> {
+    pub fn message(&self, tuple: &[Value], transaction: &Transaction, seq: u64) -> Result<Message, Error> {
         let id = text(tuple, self.id, "id").and_then(|id| short(id, "id"));
-        let row = Row { tuple, position };
+        let row = Row { tuple, transaction, seq };
+        let position = Position { commit_lsn: transaction.commit_lsn, seq };
         let named = |problem: String| Error::Row {
             position,
             id: id.as_ref().map_or_else(|_| "unknown".to_owned(), |id| id.escape_debug().to_string()),
             problem,
         };
-        let mut message = row.message(self, commit_time).map_err(named)?;
-        message.id = id.clone().map_err(named)?.to_owned();
+        let mut message = row.message(self).map_err(named)?;
+        message.id = id.clone().map_err(named)?;
         Ok(message)
+    }
+}
+
+/// What all rows of a transaction share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transaction {
+    /// Where its commit record starts.
+    pub commit_lsn: Lsn,
+    /// Microseconds since 2000-01-01 UTC.
+    commit_time: i64,
+    /// The position as text, made once.
+    lsn: ByteString,
+}
+
+impl Transaction {
+    /// Committed there and then.
+    pub fn new(commit_lsn: Lsn, commit_time: i64) -> Self {
+        Self { commit_lsn, commit_time, lsn: commit_lsn.to_string().into() }
     }
 }
 
 /// One row on its way to be a message.
 struct Row<'a> {
     tuple: &'a [Value],
-    position: Position,
+    transaction: &'a Transaction,
+    seq: u64,
 }
 
 impl Row<'_> {
-    fn message(&self, layout: &Layout, commit_time: i64) -> Result<Message, String> {
-        let mut headers = Vec::with_capacity(8);
+    fn message(&self, layout: &Layout) -> Result<Message, String> {
+        let (mut headers, transaction) = (Vec::with_capacity(8), self.transaction);
         let (body, is_null) = match self.tuple.get(layout.payload) {
             Some(Value::Text(text)) => (body(text, layout.payload_type)?, false),
             _ => (Bytes::new(), true),
         };
-        let mut own = |name: &str, value: HeaderValue| headers.push((name.to_owned(), value));
-        own("aggregatetype", text(self.tuple, layout.aggregatetype, "aggregatetype")?.into());
-        own("aggregateid", text(self.tuple, layout.aggregateid, "aggregateid")?.into());
-        own("x-outbox-lsn", HeaderValue::Text(self.position.commit_lsn.to_string()));
-        own("x-outbox-seq", HeaderValue::Int(i64::try_from(self.position.seq).unwrap_or(i64::MAX)));
+        let mut own = |name: &'static str, value: HeaderValue| headers.push((ByteString::from_static(name), value));
+        own("aggregatetype", HeaderValue::Text(text(self.tuple, layout.aggregatetype, "aggregatetype")?));
+        own("aggregateid", HeaderValue::Text(text(self.tuple, layout.aggregateid, "aggregateid")?));
+        own("x-outbox-lsn", HeaderValue::Text(transaction.lsn.clone()));
+        own("x-outbox-seq", HeaderValue::Int(i64::try_from(self.seq).unwrap_or(i64::MAX)));
         if is_null {
             own("x-outbox-null", HeaderValue::Bool(true));
         }
         for (name, index) in [("traceparent", layout.traceparent), ("tracestate", layout.tracestate)] {
             if let Some(Value::Text(_)) = index.and_then(|index| self.tuple.get(index)) {
-                own(name, text(self.tuple, index.unwrap_or_default(), name)?.into());
+                own(name, HeaderValue::Text(text(self.tuple, index.unwrap_or_default(), name)?));
             }
         }
         if let Some(Value::Text(json)) = layout.headers.and_then(|index| self.tuple.get(index)) {
             headers::read(json, &mut headers)?;
         }
         Ok(Message {
-            id: String::new(),
+            id: ByteString::new(),
             destination: self.destination(layout)?,
-            kind: short(text(self.tuple, layout.kind, "type")?, "type")?.to_owned(),
+            kind: short(text(self.tuple, layout.kind, "type")?, "type")?,
             content_type: match layout.payload_type {
                 Payload::Json => "application/json",
                 Payload::Text => "text/plain",
                 Payload::Bytes => "application/octet-stream",
             },
-            committed_at: u64::try_from(commit_time.saturating_add(EPOCH_MICROSECONDS)).unwrap_or(0),
+            committed_at: u64::try_from(transaction.commit_time.saturating_add(EPOCH_MICROSECONDS)).unwrap_or(0),
             headers,
             body,
         })
     }
 
-    fn destination(&self, layout: &Layout) -> Result<String, String> {
-        let mut key = String::new();
+    fn destination(&self, layout: &Layout) -> Result<ByteString, String> {
+        let mut key = String::with_capacity(64);
         for part in &layout.destination {
             match part {
                 Part::Text(text) => key.push_str(text),
-                Part::Column(index, name) => key.push_str(text(self.tuple, *index, name)?),
+                Part::Column(index, name) => key.push_str(&text(self.tuple, *index, name)?),
             }
         }
         // The broker takes them, but people's tools and logs do not.
         if key.chars().any(char::is_control) {
             return Err("the routing key holds a control character".to_owned());
         }
-        short(&key, "the routing key")?;
-        Ok(key)
+        short(key.into(), "the routing key")
     }
 }
 
-fn text<'a>(tuple: &'a [Value], index: usize, name: &str) -> Result<&'a str, String> {
+/// A column's text; a slice of what was read.
+fn text(tuple: &[Value], index: usize, name: &str) -> Result<ByteString, String> {
     match tuple.get(index) {
-        Some(Value::Text(bytes)) => std::str::from_utf8(bytes).map_err(|_| format!("column {name} is not valid UTF-8")),
+        Some(Value::Text(bytes)) => {
+            ByteString::try_from(bytes.clone()).map_err(|_| format!("column {name} is not valid UTF-8"))
+        }
         _ => Err(format!("column {name} is NULL")),
     }
 }
 
-fn short<'a>(text: &'a str, name: &str) -> Result<&'a str, String> {
+fn short(text: ByteString, name: &str) -> Result<ByteString, String> {
     match text.len() {
         0..=SHORT_BYTES_MAX => Ok(text),
         bytes => Err(format!("{name} has {bytes} bytes; {SHORT_BYTES_MAX} are possible")),
@@ -283,19 +307,14 @@ mod tests {
     }
 
     fn map(columns: &[(&str, u32)], row: &[Value]) -> Result<Message, Error> {
-        let position = Position { commit_lsn: Lsn::new(0x16_B374_D848), seq: 3 };
-        mapping().layout(&self::columns(columns))?.message(row, position, 1_000_000)
+        let transaction = Transaction::new(Lsn::new(0x16_B374_D848), 1_000_000);
+        mapping().layout(&self::columns(columns))?.message(row, &transaction, 3)
     }
-
-    use crate::lsn::Lsn;
 
     #[test]
     fn a_row_becomes_the_message_of_the_contract() {
         let message = map(&USUAL, &row()).unwrap();
-        assert_eq!(
-            (message.id.as_str(), message.destination.as_str(), message.kind.as_str()),
-            ("7f", "order.placed", "placed")
-        );
+        assert_eq!((&*message.id, &*message.destination, &*message.kind), ("7f", "order.placed", "placed"));
         assert_eq!(&message.body[..], b"{\"a\": 1}");
         assert_eq!(message.content_type, "application/json");
         assert_eq!(message.committed_at, 946_684_801_000_000);
@@ -305,7 +324,7 @@ mod tests {
             ("x-outbox-lsn", HeaderValue::from("16/B374D848")),
             ("x-outbox-seq", HeaderValue::Int(3)),
         ];
-        assert_eq!(message.headers, expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(message.headers, expected.map(|(name, value)| (name.into(), value)));
     }
 
     #[test]
@@ -320,7 +339,7 @@ mod tests {
         ];
         let row: Vec<Value> = ["-", "hello", "placed", "42", "order", "9"].map(value).to_vec();
         let message = map(&moved, &row).unwrap();
-        assert_eq!((message.id.as_str(), message.destination.as_str()), ("9", "order.placed"));
+        assert_eq!((&*message.id, &*message.destination), ("9", "order.placed"));
         assert_eq!((message.content_type, &message.body[..]), ("text/plain", &b"hello"[..]));
     }
 
@@ -335,7 +354,7 @@ mod tests {
             ..mapping()
         };
         let layout = mapping.layout(&columns(&called)).unwrap();
-        assert_eq!(layout.message(&row, Position::default(), 0).unwrap().destination, "9.order.42.placed");
+        assert_eq!(layout.message(&row, &Transaction::new(Lsn::ZERO, 0), 0).unwrap().destination, "9.order.42.placed");
     }
 
     #[test]
@@ -358,7 +377,7 @@ mod tests {
         let text_payload: Vec<(&str, u32)> =
             USUAL.iter().map(|(name, oid)| if *name == "payload" { (*name, 25) } else { (*name, *oid) }).collect();
         empty[4] = value("");
-        let null_header = ("x-outbox-null".to_owned(), HeaderValue::Bool(true));
+        let null_header = ("x-outbox-null".into(), HeaderValue::Bool(true));
         assert!(!map(&text_payload, &empty).unwrap().headers.contains(&null_header));
         empty[4] = Value::Null;
         let message = map(&text_payload, &empty).unwrap();

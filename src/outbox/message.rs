@@ -1,24 +1,25 @@
 //! One outbox row as a message: what every sink gets and every consumer sees.
 //!
-//! The trap: a payload that is parsed and written again is another payload. The body is the row's bytes, untouched.
+//! Texts are slices of what was read from the socket, as the body is. The trap: a payload that is parsed and written again is another payload. The body is the row's bytes, untouched.
 
 use bytes::Bytes;
+use bytestring::ByteString;
 
 /// One outbox row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     /// The row's id: the same on every redelivery.
-    pub id: String,
+    pub id: ByteString,
     /// Where it goes: the routing key.
-    pub destination: String,
+    pub destination: ByteString,
     /// The row's type.
-    pub kind: String,
+    pub kind: ByteString,
     /// Of the body.
     pub content_type: &'static str,
     /// The transaction's commit, microseconds since 1970-01-01 UTC.
     pub committed_at: u64,
     /// In the order in which they are written; no name twice.
-    pub headers: Vec<(String, HeaderValue)>,
+    pub headers: Vec<(ByteString, HeaderValue)>,
     /// The payload's bytes.
     pub body: Bytes,
 }
@@ -35,11 +36,11 @@ pub enum HeaderValue {
     /// Any other number.
     Float(f64),
     /// A text.
-    Text(String),
+    Text(ByteString),
     /// A JSON array.
     List(Vec<HeaderValue>),
     /// A JSON object.
-    Map(Vec<(String, HeaderValue)>),
+    Map(Vec<(ByteString, HeaderValue)>),
 }
 
 impl Message {
@@ -68,7 +69,7 @@ impl HeaderValue {
 
 impl From<&str> for HeaderValue {
     fn from(text: &str) -> Self {
-        HeaderValue::Text(text.to_owned())
+        HeaderValue::Text(text.into())
     }
 }
 
@@ -78,14 +79,14 @@ mod tests {
 
     #[test]
     fn a_message_costs_the_sum_of_its_parts() {
-        let nested = HeaderValue::Map(vec![("key".to_owned(), HeaderValue::List(vec![HeaderValue::Int(1)]))]);
+        let nested = HeaderValue::Map(vec![("key".into(), HeaderValue::List(vec![HeaderValue::Int(1)]))]);
         let message = Message {
-            id: "7f".to_owned(),
-            destination: "order".to_owned(),
-            kind: "placed".to_owned(),
+            id: "7f".into(),
+            destination: "order".into(),
+            kind: "placed".into(),
             content_type: "text/plain",
             committed_at: 0,
-            headers: vec![("text".to_owned(), "hello".into()), ("map".to_owned(), nested)],
+            headers: vec![("text".into(), "hello".into()), ("map".into(), nested)],
             body: Bytes::from_static(b"0123456789"),
         };
         let headers = (4 + 5 + 5) + (3 + 5 + (1 + 3 + 5 + 9));

@@ -66,8 +66,11 @@ impl Control {
         &self.place
     }
 
-    /// Which server process this is; see [`SERVER`].
-    pub(super) async fn server(&self) -> Result<String, Error> {
+    /// Which server process this is: the cluster's identifier and when its postmaster started.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn server(&self) -> Result<String, Error> {
         Ok(self.one(SERVER, &[]).await?.try_get(0)?)
     }
 

@@ -9,8 +9,9 @@
 //! Three stations, each a plain loop, joined by bounded queues. The position takes the same road as the data: a checkpoint
 //! comes out of the settler only after every receipt before it, because a queue is a queue.
 //!
-//! Reading order: `progress` with `published`, `lease`, `reader`, `publisher`, `settler`, `session`, `postgres`.
+//! Reading order: `progress` with `published`, `lease`, `channel`, `reader`, `window` with `sizing`, `publisher`, `settler`, `session`, `postgres`.
 
+mod channel;
 mod lease;
 pub mod postgres;
 pub mod progress;
@@ -19,6 +20,8 @@ mod publisher;
 mod reader;
 mod session;
 mod settler;
+mod sizing;
+mod window;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -31,6 +34,8 @@ use tokio::time::Instant;
 pub use progress::Progress;
 pub use published::Beyond;
 
+use self::session::Common;
+use self::window::Window;
 use crate::finding::explain;
 use crate::lsn::Lsn;
 use crate::metrics::{End, Metrics, Reason};
@@ -57,6 +62,8 @@ const REPEAT_LOG: Duration = Duration::from_secs(60);
 pub struct Settings {
     /// Messages published and not settled, at most.
     pub window_messages: usize,
+    /// The window becomes no smaller than this; as large as `window_messages`, it is fixed.
+    pub window_messages_min: usize,
     /// Their bytes, at most; a larger message goes alone.
     pub window_bytes: usize,
     /// How long the broker may hold back its confirm.
@@ -211,6 +218,7 @@ pub async fn run<D: Database, B: Broker>(
     metrics: &Arc<Metrics>,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), Error> {
+    let common = Common { mapping, settings, metrics, window: &Window::new(settings, metrics) };
     let mut progress = Progress::default();
     let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
     let mut logged: Option<(String, Instant)> = None;
@@ -218,7 +226,7 @@ pub async fn run<D: Database, B: Broker>(
     loop {
         let began = Instant::now();
         let (frontier, settled) = (progress.frontier(), progress.settled());
-        let session = session::run(&mut database, &mut broker, mapping, settings, metrics, &mut progress, &mut stop);
+        let session = session::run(&mut database, &mut broker, common, &mut progress, &mut stop);
         let result = session.await;
         let label = result.as_ref().map_or_else(Error::end, |()| "stopped");
         metrics.sessions.get_or_create(&End { end: label }).inc();

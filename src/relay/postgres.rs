@@ -52,6 +52,8 @@ pub struct Postgres {
 /// A running stream.
 pub struct PostgresSource {
     stream: Stream,
+    /// Which process sends it.
+    server: String,
     settings: Settings,
     names: Names,
 }
@@ -190,8 +192,9 @@ impl Database for Postgres {
         let starting = replication.start(&self.names.slot, &self.names.publication, start);
         let stream = timeout(START_TIMEOUT, starting).await.unwrap_or(Err(late))?;
         let tables = self.tables(&world);
+        let (settings, names, server) = (self.settings.clone(), self.names.clone(), control.server().await?);
         Ok(Opened {
-            source: PostgresSource { stream, settings: self.settings.clone(), names: self.names.clone() },
+            source: PostgresSource { stream, server, settings, names },
             watch: self.watch(control, tables.clone()),
             tables,
             identity,
@@ -212,6 +215,13 @@ impl Source for PostgresSource {
 
     async fn tables(&mut self) -> Result<Tables, pg::Error> {
         let control = Control::open(&self.settings).await?;
+        // After a failover the address leads to a server that may lack the table of a row which the old one sent.
+        if control.server().await? != self.server {
+            return Err(pg::Error::NotNow(format!(
+                "another server answers at {} since the stream began",
+                control.place()
+            )));
+        }
         Ok(tables(&self.names, &control.inspect(&self.names).await?))
     }
 

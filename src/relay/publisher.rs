@@ -5,16 +5,16 @@
 //! messages are proven one by one, up to the refused one if there was one: a message that stays refused costs one window of
 //! duplicates, once.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::lease::Lease;
 use super::progress::{self, Caution, Progress};
-use super::reader::Read;
-use super::{Error, Settings};
+use super::window::{Need, Share, Window};
+use super::{Error, channel};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
 use crate::outbox::{self, Item, Message, Position};
@@ -27,61 +27,6 @@ const RUN_MESSAGES: usize = 256;
 /// With nothing to publish, the broker is asked this often whether it is still there: a relay must not hold a replication
 /// connection while its broker is away.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
-
-/// What is in flight: shares are taken by the publisher and given back by the settler.
-#[derive(Clone)]
-pub(super) struct Window {
-    messages: Arc<Semaphore>,
-    bytes: Arc<Semaphore>,
-    messages_max: u32,
-    bytes_max: u32,
-}
-
-/// A message's share of the window.
-pub(super) struct Share {
-    _messages: OwnedSemaphorePermit,
-    _bytes: OwnedSemaphorePermit,
-}
-
-impl Window {
-    pub(super) fn new(settings: &Settings) -> Self {
-        let limit = |value: usize| u32::try_from(value.clamp(1, Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
-        let (messages_max, bytes_max) = (limit(settings.window_messages), limit(settings.window_bytes));
-        Self {
-            messages: Arc::new(Semaphore::new(messages_max as usize)),
-            bytes: Arc::new(Semaphore::new(bytes_max as usize)),
-            messages_max,
-            bytes_max,
-        }
-    }
-
-    fn share_of(&self, message: &Message) -> u32 {
-        u32::try_from(message.bytes()).unwrap_or(u32::MAX).min(self.bytes_max)
-    }
-
-    fn try_take(&self, message: &Message) -> Option<Share> {
-        let messages = self.messages.clone().try_acquire_owned().ok()?;
-        let bytes = self.bytes.clone().try_acquire_many_owned(self.share_of(message)).ok()?;
-        Some(Share { _messages: messages, _bytes: bytes })
-    }
-
-    async fn take(&self, message: &Message) -> Share {
-        // Never closed.
-        let messages = self.messages.clone().acquire_owned().await.expect("the window is never closed");
-        let bytes = self.bytes.clone().acquire_many_owned(self.share_of(message)).await;
-        Share { _messages: messages, _bytes: bytes.expect("the window is never closed") }
-    }
-
-    /// Waits until nothing is in flight.
-    async fn empty(&self) {
-        let all = self.messages.acquire_many(self.messages_max).await;
-        drop(all.expect("the window is never closed"));
-    }
-
-    fn is_empty(&self) -> bool {
-        self.messages.available_permits() == self.messages_max as usize
-    }
-}
 
 /// A run on its way, as the settler sees it.
 pub(super) struct Settling {
@@ -99,7 +44,7 @@ pub(super) struct Settling {
 pub(super) struct Publisher<'a, K> {
     /// Borrowed: receipts live no longer than their sink, and the settler goes on when the publisher is done.
     pub(super) sink: &'a mut K,
-    pub(super) items: mpsc::Receiver<Read>,
+    pub(super) channel: channel::Receiver,
     pub(super) runs: mpsc::Sender<Settling>,
     pub(super) window: Window,
     pub(super) progress: &'a Mutex<Progress>,
@@ -120,12 +65,11 @@ struct Run {
 }
 
 impl Run {
-    fn add(&mut self, position: Position, message: Message, share: Share) {
+    fn add(&mut self, position: Position, message: Message) {
         self.positions.push(position);
         self.committed_at.push(message.committed_at);
         self.bytes += message.bytes();
         self.messages.push(message);
-        self.shares.push(share);
     }
 }
 
@@ -137,8 +81,8 @@ impl<K: Sink> Publisher<'_, K> {
             let mut run = Run::default();
             let first = match held.take() {
                 Some(item) => item,
-                None => match timeout(IDLE_CHECK, self.items.recv()).await {
-                    Ok(Some(read)) => read.item,
+                None => match timeout(IDLE_CHECK, self.channel.next()).await {
+                    Ok(Some(item)) => item,
                     Ok(None) => return Ok(None),
                     Err(_) => {
                         self.check().await?;
@@ -152,12 +96,12 @@ impl<K: Sink> Publisher<'_, K> {
                     if let Err(error) = self.sink.admit(&message) {
                         return Ok(Some(at(position, error)));
                     }
-                    let share = self.window.take(&message).await;
-                    run.add(position, message, share);
+                    run.shares.push(self.window.take(self.window.with(Need::default(), &message)).await);
+                    run.add(position, message);
                 }
             }
             if !self.caution.is_on() {
-                held = self.gather(&mut run);
+                held = self.gather(&mut run).await;
             }
             match self.publish(run).await {
                 Ok(true) => {}
@@ -170,20 +114,27 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// Takes what is there, as long as the window has room. Returns a message that found none, or that can never go: the
     /// next run begins with it, and what was before it is on its way.
-    fn gather(&mut self, run: &mut Run) -> Option<Item> {
-        while run.messages.len() < RUN_MESSAGES {
-            match self.items.try_recv().ok()?.item {
-                Item::Checkpoint(lsn) => run.checkpoint = Some(lsn),
-                Item::Message(position, message) => {
-                    let share = self.sink.admit(&message).ok().and_then(|()| self.window.try_take(&message));
-                    match share {
-                        Some(share) => run.add(position, message, share),
-                        None => return Some(Item::Message(position, message)),
+    async fn gather(&mut self, run: &mut Run) -> Option<Item> {
+        let (mut need, room) = (Need::default(), self.window.room());
+        let mut left = None;
+        while run.messages.len() < RUN_MESSAGES && left.is_none() {
+            match self.channel.next_here() {
+                None => break,
+                Some(Item::Checkpoint(lsn)) => run.checkpoint = Some(lsn),
+                Some(Item::Message(position, message)) => {
+                    let more = self.window.with(need, &message);
+                    if more.fits(room) && self.sink.admit(&message).is_ok() {
+                        need = more;
+                        run.add(position, message);
+                    } else {
+                        left = Some(Item::Message(position, message));
                     }
                 }
             }
         }
-        None
+        // At once: it was seen to be free, and nobody else takes.
+        run.shares.push(self.window.take(need).await);
+        left
     }
 
     /// `false`: not any more, the stream is gone.
@@ -219,7 +170,7 @@ impl<K: Sink> Publisher<'_, K> {
             self.window.empty().await;
             self.caution.proven(&id);
             if !self.caution.is_on() && self.metrics.taken() {
-                tracing::info!(id, "the broker takes what it had refused; going on");
+                tracing::info!(%id, "the broker takes what it had refused; going on");
             }
         }
         Ok(true)

@@ -5,12 +5,14 @@
 //! one at once, hundreds of thousands in seconds, so replies keep a distance. And what is told is what came out of the
 //! settler, never what was read.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use futures_util::FutureExt;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::channel::{Batch, Sender};
 use super::lease::Lease;
 use super::{Error, Progress, Source, progress, stopped};
 use crate::lsn::Lsn;
@@ -22,17 +24,14 @@ use crate::retry::Retry;
 /// Two statuses are at least so far apart. It bounds what a `kill -9` re-sends: messages settled but not yet told.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Bytes of messages between reader and publisher; a larger one goes alone.
-const CHANNEL_BYTES: usize = 2 * 1024 * 1024;
-
 /// When the stream breaks, what is in flight is given so long to settle: a broker that answers takes less.
 pub(super) const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
-/// An item in the channel, holding its share of the channel's bytes until the publisher takes it.
-pub(super) struct Read {
-    pub(super) item: Item,
-    pub(super) _share: Option<OwnedSemaphorePermit>,
-}
+/// Events taken in a row before the timer is looked at again: not every one is an item.
+const EVENTS_MAX: usize = 1024;
+
+/// Why reading ends: told to, by a row that cannot be delivered, or by a failure.
+type Ended = Result<Option<Error>, Error>;
 
 /// The first station.
 pub(super) struct Reader<'a, S> {
@@ -79,33 +78,28 @@ impl<S: Source> Reader<'_, S> {
     /// publisher wants no more; then waits for the settler.
     ///
     /// Returns why it stopped, if not because it was told to.
-    pub(super) async fn run(
-        &mut self,
-        items: mpsc::Sender<Read>,
-        stop: &mut watch::Receiver<bool>,
-    ) -> Result<Option<Error>, Error> {
-        let reason = match self.read(&items, stop).await {
-            Err(Error::Postgres(error)) if error.retry() == Retry::Never => {
-                // Whatever the broker says meanwhile, this is the reason.
-                self.fatal = Some(error);
-                drop(items);
-                return match timeout(SETTLE_WITHIN, self.drain()).await {
-                    Ok(drained) => drained.map(|()| None),
-                    Err(_) => Err(crate::pg::Error::NotNow("what is in flight did not settle".to_owned()).into()),
-                };
-            }
+    pub(super) async fn run(&mut self, channel: Sender, stop: &mut watch::Receiver<bool>) -> Ended {
+        let ended = self.read(&channel, stop).await;
+        if self.fatal.is_some() {
+            drop(channel);
+            return match timeout(SETTLE_WITHIN, self.drain()).await {
+                Ok(drained) => drained.map(|()| None),
+                Err(_) => Err(crate::pg::Error::NotNow("what is in flight did not settle".to_owned()).into()),
+            };
+        }
+        let reason = match ended {
             Err(Error::Postgres(error)) => {
                 // Nothing can be told any more, but what settles now is not published again.
                 self.lease.end();
                 self.source = None;
-                drop(items);
+                drop(channel);
                 let _ = timeout(SETTLE_WITHIN, self.settle()).await;
                 return Err(error.into());
             }
             reason => reason?,
         };
         // The publisher sees the channel end, publishes what is in it and ends; so does the settler.
-        drop(items);
+        drop(channel);
         self.drain().await?;
         Ok(reason)
     }
@@ -126,34 +120,35 @@ impl<S: Source> Reader<'_, S> {
         }
     }
 
-    async fn read(
-        &mut self,
-        items: &mpsc::Sender<Read>,
-        stop: &mut watch::Receiver<bool>,
-    ) -> Result<Option<Error>, Error> {
-        let bytes = Arc::new(Semaphore::new(CHANNEL_BYTES));
-        let mut pending: Option<Item> = None;
+    async fn read(&mut self, channel: &Sender, stop: &mut watch::Receiver<bool>) -> Ended {
+        let mut pending = Batch::default();
+        let mut ended = None;
         let mut is_stopping = false;
         let timer = sleep_until(Instant::now());
         let mut timer = std::pin::pin!(timer);
         loop {
-            if is_stopping && pending.is_none() && !self.assembler.in_transaction() {
-                return Ok(None);
+            if pending.is_empty() {
+                if let Some(ended) = ended {
+                    return ended;
+                }
+                if is_stopping && !self.assembler.in_transaction() {
+                    return Ok(None);
+                }
             }
-            self.lease.listen(pending.is_none());
+            self.lease.listen(pending.is_empty());
             let settled = *self.settled.borrow_and_update();
             let due = self.feedback.due(settled, self.silence_max);
             if timer.deadline() != due {
                 timer.as_mut().reset(due);
             }
             // Biased: the timer first, so that a busy stream cannot starve it; then stop and release; then progress, which
-            // only moves the timer; then either the item that waits for room or, with none waiting, the next event. All
+            // only moves the timer; then either the batch that waits for room or, with none waiting, what comes next. All
             // are cancel-safe.
             tokio::select! {
                 biased;
                 () = timer.as_mut() => {
                     self.lease.beat()?;
-                    self.tell(pending.is_some()).await?;
+                    self.tell(!pending.is_empty()).await?;
                 }
                 () = stopped(stop), if !is_stopping => is_stopping = true,
                 () = stopped(&mut self.release) => {
@@ -164,27 +159,53 @@ impl<S: Source> Reader<'_, S> {
                         return Ok(None);
                     }
                 }
-                sent = send(items, &bytes, pending.as_ref()), if pending.is_some() => {
-                    let Some((room, share)) = sent else { return Ok(None) };
-                    if let Some(item) = pending.take() {
-                        room.send(Read { item, _share: share });
+                sent = channel.send(&mut pending), if !pending.is_empty() => {
+                    if sent.is_none() {
+                        return Ok(None);
                     }
                     // Nothing was heard because nothing was read.
                     self.feedback.heard = Instant::now();
                 }
-                event = next(self.source.as_mut()), if pending.is_none() => {
+                event = next(self.source.as_mut()), if pending.is_empty() => {
                     self.hear()?;
-                    match self.item(event?).await {
-                        Ok(item) => pending = item,
-                        // The row stays where it is; what came before it is settled and told.
-                        Err(Error::Outbox(error)) if error.retry() == Retry::Never => {
-                            return Ok(Some(error.into()));
-                        }
-                        Err(error) => return Err(error),
-                    }
+                    ended = self.gather(event, &mut pending, is_stopping).await;
                 }
             }
         }
+    }
+
+    /// Takes this event and those that are here already, up to a batch, or up to the end of the transaction after which there
+    /// shall be none: under load the next one has always begun. What came before an end still counts.
+    async fn gather(
+        &mut self,
+        first: Result<Event, crate::pg::Error>,
+        batch: &mut Batch,
+        is_stopping: bool,
+    ) -> Option<Ended> {
+        let mut event = first;
+        for _ in 0..EVENTS_MAX {
+            let item = match event {
+                Ok(event) => self.item(event).await,
+                Err(error) => Err(error.into()),
+            };
+            match item {
+                Ok(Some(item)) => batch.add(item),
+                Ok(None) => {}
+                // The row stays where it is; what came before it is settled and told.
+                Err(Error::Outbox(error)) if error.retry() == Retry::Never => return Some(Ok(Some(error.into()))),
+                // Whatever else ends the session meanwhile, this is the reason.
+                Err(Error::Postgres(error)) if error.retry() == Retry::Never => {
+                    self.fatal = Some(error);
+                    return Some(Ok(None));
+                }
+                Err(error) => return Some(Err(error)),
+            }
+            if batch.is_full() || is_stopping && !self.assembler.in_transaction() {
+                return None;
+            }
+            event = next(self.source.as_mut()).now_or_never()?;
+        }
+        None
     }
 
     fn hear(&mut self) -> Result<(), Error> {
@@ -268,23 +289,6 @@ impl<S: Source> Reader<'_, S> {
         self.feedback.last = Instant::now();
         self.feedback.reply_requested = false;
     }
-}
-
-/// Room for the item in the channel, in bytes and in messages; `None` when the publisher wants no more. Cancel-safe: what
-/// was got is given back.
-async fn send<'a>(
-    items: &'a mpsc::Sender<Read>,
-    bytes: &Arc<Semaphore>,
-    pending: Option<&Item>,
-) -> Option<(mpsc::Permit<'a, Read>, Option<OwnedSemaphorePermit>)> {
-    let share = match pending {
-        Some(Item::Message(_, message)) => {
-            let share = message.bytes().min(CHANNEL_BYTES);
-            Some(bytes.clone().acquire_many_owned(u32::try_from(share).unwrap_or(u32::MAX)).await.ok()?)
-        }
-        _ => None,
-    };
-    Some((items.reserve().await.ok()?, share))
 }
 
 /// The next event; never, when the stream was let go. Cancel-safe.

@@ -4,7 +4,7 @@
 //! not confirm keeps Postgres from shutting down for ever, so a session that learns that the server goes away has a moment
 //! to settle what it has and then lets go.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -12,18 +12,19 @@ use tokio::time::{Instant, timeout};
 
 use super::lease::Lease;
 use super::progress::Caution;
-use super::publisher::{Publisher, Window};
+use super::publisher::Publisher;
 use super::reader::{Feedback, Reader, SETTLE_WITHIN};
 use super::settler::Settler;
-use super::{Broker, Database, Error, Opened, Progress, Settings, Watch, stopped};
+use super::window::Window;
+use super::{Broker, Database, Error, Opened, Progress, Settings, Watch, channel, stopped};
 use crate::metrics::Metrics;
 use crate::outbox::{Assembler, Mapping};
 use crate::pg;
 use crate::retry::Retry;
 use crate::sink;
 
-/// Items between reader and publisher.
-const CHANNEL_ITEMS: usize = 1024;
+/// Runs between publisher and settler: as many as there can be in a window, and never so few that the publisher waits here.
+const RUNS_MIN: usize = 1024;
 
 /// What a stopping server is given to hear the rest; `pg_ctl stop` waits for it.
 const SERVER_STOP_GRACE: Duration = Duration::from_secs(2);
@@ -31,13 +32,20 @@ const SERVER_STOP_GRACE: Duration = Duration::from_secs(2);
 /// How long telling the last status may take when the broker has ended the session.
 const PARTING: Duration = Duration::from_secs(2);
 
+/// What all sessions of a relay have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Common<'a> {
+    pub(super) mapping: &'a Mapping,
+    pub(super) settings: &'a Settings,
+    pub(super) metrics: &'a Metrics,
+    pub(super) window: &'a Window,
+}
+
 /// Runs one session. `Ok` when it was told to stop.
 pub(super) async fn run<D: Database, B: Broker>(
     database: &mut D,
     broker: &mut B,
-    mapping: &Mapping,
-    settings: &Settings,
-    metrics: &Arc<Metrics>,
+    common: Common<'_>,
     progress: &mut Progress,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<(), Error> {
@@ -58,8 +66,8 @@ pub(super) async fn run<D: Database, B: Broker>(
             return Err(error);
         }
     };
-    metrics.opened();
-    metrics.heard(Instant::now(), opened.silence_max);
+    common.metrics.opened();
+    common.metrics.heard(Instant::now(), opened.silence_max);
     if progress.caution().until.is_some() {
         // While a message is refused, sessions come every few seconds; why was said already.
         tracing::debug!(from = %opened.start, timeline = opened.identity.timeline, "streaming, one by one");
@@ -67,12 +75,12 @@ pub(super) async fn run<D: Database, B: Broker>(
         tracing::info!(from = %opened.start, timeline = opened.identity.timeline, "streaming");
     }
     let shared = Mutex::new(std::mem::take(progress));
-    let result = stream(sink, opened, mapping, settings, metrics, &shared, stop).await;
+    let result = stream(sink, opened, common, &shared, stop).await;
     *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     progress.be_cautious(match &result {
         // It is among the first unsettled ones, of which there is at most one window.
         Err(Error::Sink(sink::Error::Refused { id, .. })) => {
-            Caution { messages: settings.window_messages, until: Some(id.clone()) }
+            Caution { messages: common.settings.window_messages, until: Some(id.clone()) }
         }
         Err(Error::Sink(_)) => Caution { messages: 1, until: None },
         _ => Caution::default(),
@@ -91,16 +99,14 @@ fn note_contention(error: &Error, progress: &mut Progress) {
 async fn stream<S: super::Source, K: crate::sink::Sink>(
     mut sink: K,
     opened: Opened<S>,
-    mapping: &Mapping,
-    settings: &Settings,
-    metrics: &Arc<Metrics>,
+    Common { mapping, settings, metrics, window }: Common<'_>,
     progress: &Mutex<Progress>,
     stop: &mut watch::Receiver<bool>,
 ) -> Result<(), Error> {
     let before = super::progress::lock(progress).clone();
     let caution = before.caution().clone();
-    let (items_in, items_out) = mpsc::channel(CHANNEL_ITEMS);
-    let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(CHANNEL_ITEMS));
+    let (channel_in, channel_out) = channel::channel();
+    let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(RUNS_MIN));
     let (settled_in, settled_out) = watch::channel(opened.start);
     let (halt, mut halted) = watch::channel(false);
     let (release, released) = watch::channel(false);
@@ -118,12 +124,11 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         lease: &lease,
         feedback: Feedback::new(opened.start),
     };
-    let window = Window::new(settings);
     let publisher = Publisher {
         sink: &mut sink,
-        items: items_out,
+        channel: channel_out,
         runs: runs_in,
-        window,
+        window: window.clone(),
         progress,
         metrics,
         lease: &lease,
@@ -133,7 +138,7 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {
         let (read, published, ()) =
-            tokio::try_join!(reader.run(items_in, &mut halted), publisher.run(), settler.run())?;
+            tokio::try_join!(reader.run(channel_in, &mut halted), publisher.run(), settler.run())?;
         read.or(published).map_or(Ok(()), Err)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;

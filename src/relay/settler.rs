@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::publisher::Settling;
+use super::window::Share;
 use super::{Error, Progress, progress};
 use crate::lsn::Lsn;
 use crate::metrics::{self, Metrics};
@@ -56,7 +57,7 @@ impl Settler<'_> {
         }
         drop(progress);
         // Last: room in the window means that all of this is done.
-        drop(run.shares);
+        run.shares.into_iter().for_each(Share::settle);
         Ok(())
     }
 

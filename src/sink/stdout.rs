@@ -52,7 +52,7 @@ pub fn line(message: &Message, out: &mut Vec<u8>) {
     field("type", quoted(&message.kind).as_bytes());
     field("committed_at_us", message.committed_at.to_string().as_bytes());
     field("content_type", quoted(message.content_type).as_bytes());
-    let headers = message.headers.iter().map(|(name, value)| (name.clone(), json(value)));
+    let headers = message.headers.iter().map(|(name, value)| (name.to_string(), json(value)));
     field("headers", serde_json::Value::Object(headers.collect()).to_string().as_bytes());
     let is_null = message.headers.iter().any(|(name, _)| name == "x-outbox-null");
     match message.content_type {
@@ -82,9 +82,9 @@ fn json(value: &HeaderValue) -> serde_json::Value {
         HeaderValue::Bool(value) => (*value).into(),
         HeaderValue::Int(value) => (*value).into(),
         HeaderValue::Float(value) => (*value).into(),
-        HeaderValue::Text(text) => text.as_str().into(),
+        HeaderValue::Text(text) => (&**text).into(),
         HeaderValue::List(values) => values.iter().map(json).collect(),
-        HeaderValue::Map(fields) => fields.iter().map(|(name, value)| (name.clone(), json(value))).collect(),
+        HeaderValue::Map(fields) => fields.iter().map(|(name, value)| (name.to_string(), json(value))).collect(),
     }
 }
 
@@ -97,12 +97,12 @@ mod tests {
     #[test]
     fn every_message_is_one_line_of_json() {
         let mut message = Message {
-            id: "7\"f".to_owned(),
-            destination: "order.placed".to_owned(),
-            kind: "placed".to_owned(),
+            id: "7\"f".into(),
+            destination: "order.placed".into(),
+            kind: "placed".into(),
             content_type: "application/json",
             committed_at: 1_000_000,
-            headers: vec![("x-outbox-seq".to_owned(), HeaderValue::Int(3))],
+            headers: vec![("x-outbox-seq".into(), HeaderValue::Int(3))],
             body: Bytes::from_static(b"{\"a\":\n 1}"),
         };
         let mut out = Vec::new();
@@ -110,7 +110,7 @@ mod tests {
         message.content_type = "application/octet-stream";
         message.body = Bytes::from_static(&[0, 255]);
         line(&message, &mut out);
-        message.headers.push(("x-outbox-null".to_owned(), HeaderValue::Bool(true)));
+        message.headers.push(("x-outbox-null".into(), HeaderValue::Bool(true)));
         line(&message, &mut out);
         let text = String::from_utf8(out).unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -71,7 +71,7 @@ async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
              select 'order', n::text, 'placed', '{{}}' from generate_series(1, {rows}) n"
         ))
         .await;
-    let commit = consumer.wait_distinct(100).await[0].position.0;
+    let commit = consumer.wait_distinct(50).await[0].position.0;
     // The stream stays open far beyond the server's timeout while the channel is full, and tells nothing new.
     let pid =
         outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;

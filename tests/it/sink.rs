@@ -24,9 +24,9 @@ use crate::support::{consumer, shared_rabbitmq, unique};
 
 fn message(id: String, destination: &str) -> Message {
     Message {
-        id,
-        destination: destination.to_owned(),
-        kind: "placed".to_owned(),
+        id: id.into(),
+        destination: destination.into(),
+        kind: "placed".into(),
         content_type: "application/json",
         committed_at: 1_000_000,
         headers: Vec::new(),
@@ -93,7 +93,7 @@ async fn a_message_that_no_frame_could_take_is_refused_before_anything_is_sent()
     let mut sink = open().await;
     sink.admit(&message("good".to_owned(), "known")).unwrap();
     let mut large = message("large".to_owned(), "known");
-    large.headers.push(("text".to_owned(), HeaderValue::Text("x".repeat(200_000))));
+    large.headers.push(("text".into(), HeaderValue::Text("x".repeat(200_000).into())));
     let mut long = message("long".to_owned(), "known");
     long.body = Bytes::from(vec![b'x'; usize::try_from(MESSAGE_BYTES_MAX).unwrap() + 1]);
     for bad in [large, long] {
@@ -135,7 +135,7 @@ async fn bodies_of_every_size_arrive_as_they_are() {
         for message in run {
             let options = BasicGetOptions { no_ack: true };
             let got = channel.basic_get(name.as_str().into(), options).await.unwrap().unwrap().delivery;
-            assert_eq!(got.properties.message_id().as_ref().unwrap().as_str(), message.id);
+            assert_eq!(got.properties.message_id().as_ref().unwrap().as_str(), &*message.id);
             assert!(got.data == message.body, "a body of {} bytes with frame_max {frame_max}", message.id);
         }
         sink.close().await;

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 
 use crate::config::Config;
 use crate::finding::{Finding, Look, Remedy};
-use crate::outbox::{self, Position};
+use crate::lsn::Lsn;
+use crate::outbox;
+use crate::outbox::mapping::Transaction;
 use crate::pg::advice::{begin_anew, not_looked};
 use crate::pg::catalog::Control;
 use crate::pg::pgoutput::{Column, Value};
@@ -76,10 +78,11 @@ async fn rows(config: &Config, control: &Control, world: &World) -> (Vec<Look>, 
         Ok(rows) => rows,
         Err(error) => return (vec![unreadable(what, &error, config)], Vec::new()),
     };
+    let nowhere = Transaction::new(Lsn::ZERO, 0);
     let mut problems = BTreeMap::new();
     let mut samples = Vec::new();
     for row in &rows {
-        match layout.message(&values(row), Position::default(), 0) {
+        match layout.message(&values(row), &nowhere, 0) {
             Ok(message) => samples.push(Sample { message, body_bytes: row.payload_bytes.unwrap_or(0) }),
             Err(outbox::Error::Row { id, problem, .. }) => drop(problems.insert(problem, id)),
             Err(_) => {}

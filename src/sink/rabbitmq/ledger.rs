@@ -10,6 +10,8 @@
 
 use std::collections::VecDeque;
 
+use bytestring::ByteString;
+
 use super::super::{Error, Refusal};
 
 /// See the file's head.
@@ -24,7 +26,7 @@ pub(super) struct Ledger {
 
 #[derive(Debug)]
 struct Entry {
-    id: String,
+    id: ByteString,
     /// Where its last byte stands among those written.
     end: u64,
     state: State,
@@ -55,7 +57,7 @@ impl Entry {
 
 impl Ledger {
     /// The next message of the session, whose last byte is the `end`th. Its tag is its number, from 1.
-    pub(super) fn publish(&mut self, id: String, end: u64) {
+    pub(super) fn publish(&mut self, id: ByteString, end: u64) {
         self.entries.push_back(Entry { id, end, state: State::Pending });
     }
 
@@ -86,7 +88,7 @@ impl Ledger {
 
     /// `basic.return`.
     pub(super) fn returned(&mut self, id: &str, refusal: Refusal, written: u64) -> Result<(), String> {
-        let waiting = |entry: &&mut Entry| entry.state == State::Pending && entry.id == id && entry.end <= written;
+        let waiting = |entry: &&mut Entry| entry.state == State::Pending && *entry.id == *id && entry.end <= written;
         // Two rows may share an id; the first one is taken, and everything after it is published again anyway.
         match self.entries.iter_mut().skip(self.answered).find(waiting) {
             Some(entry) => entry.state = State::Returned(refusal),
@@ -102,7 +104,7 @@ impl Ledger {
             match &entry.state {
                 State::Pending => break,
                 State::Returned(refusal) | State::Refused(refusal) => {
-                    return Err(Error::Refused { id: entry.id.clone(), refusal: refusal.clone() });
+                    return Err(Error::Refused { id: entry.id.to_string(), refusal: refusal.clone() });
                 }
                 State::Held => {
                     self.entries.pop_front();
@@ -126,7 +128,7 @@ mod tests {
     /// Messages "1" to "8", of ten bytes each, all written.
     fn eight() -> Ledger {
         let mut ledger = Ledger::default();
-        (1..=8).for_each(|tag: u64| ledger.publish(tag.to_string(), tag * 10));
+        (1..=8).for_each(|tag: u64| ledger.publish(tag.to_string().into(), tag * 10));
         ledger
     }
 
@@ -159,8 +161,8 @@ mod tests {
         assert_eq!(settled(&mut ledger), (4, None));
         ledger.answer(8, true, true, WRITTEN).unwrap();
         assert_eq!(settled(&mut ledger), (8, None));
-        ledger.publish("9".to_owned(), 90);
-        ledger.publish("10".to_owned(), 100);
+        ledger.publish("9".into(), 90);
+        ledger.publish("10".into(), 100);
         ledger.answer(9, true, true, 100).unwrap();
         assert_eq!(settled(&mut ledger), (9, None));
     }
@@ -208,7 +210,7 @@ mod tests {
     #[test]
     fn two_messages_of_one_id_are_returned_in_their_order() {
         let mut ledger = Ledger::default();
-        (1..=3).for_each(|tag| ledger.publish("same".to_owned(), tag * 10));
+        (1..=3).for_each(|tag| ledger.publish("same".into(), tag * 10));
         ledger.returned("same", unroutable(), WRITTEN).unwrap();
         ack(&mut ledger, 1);
         ledger.returned("same", unroutable(), WRITTEN).unwrap();
@@ -249,7 +251,7 @@ mod tests {
             let mut random = fastrand::Rng::with_seed(seed);
             let count = random.u64(1..40);
             let mut ledger = Ledger::default();
-            (1..=count).for_each(|tag| ledger.publish(tag.to_string(), tag));
+            (1..=count).for_each(|tag| ledger.publish(tag.to_string().into(), tag));
             let mut model: Vec<Option<bool>> = vec![None; usize::try_from(count).unwrap()];
             let mut returned = vec![false; model.len()];
             loop {

@@ -128,7 +128,7 @@ impl Sink for RabbitMq {
     fn admit(&self, message: &Message) -> Result<(), Error> {
         let limits = Limits { body_bytes: self.message_bytes_max, header_bytes: self.header_bytes_max };
         match limits.forbid(message, message.body.len() as u64) {
-            Some(problem) => Err(Error::Undeliverable { id: message.id.clone(), problem }),
+            Some(problem) => Err(Error::Undeliverable { id: message.id.to_string(), problem }),
             None => Ok(()),
         }
     }
@@ -155,7 +155,7 @@ struct Limits {
 impl Limits {
     /// Why this message, with a body of so many bytes, is impossible.
     fn forbid(&self, message: &Message, body: u64) -> Option<String> {
-        let (key, max) = (message.destination.as_str(), self.body_bytes);
+        let (key, max) = (&*message.destination, self.body_bytes);
         match wire::header_bytes(message) {
             Err(name) => Some(format!("a name of {} bytes where AMQP takes 255", name.len())),
             Ok(_) if !wire::short_fits(key) => {

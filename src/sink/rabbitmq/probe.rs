@@ -85,8 +85,8 @@ pub async fn look(settings: &Settings, deep: Option<&Deep>) -> Vec<Look> {
 
 /// The routing keys of the samples, each once.
 fn keys(deep: &Deep) -> Vec<String> {
-    let keys: BTreeSet<&String> = deep.samples.iter().map(|sample| &sample.message.destination).collect();
-    keys.into_iter().take(KEYS_MAX).cloned().collect()
+    let keys: BTreeSet<&str> = deep.samples.iter().map(|sample| &*sample.message.destination).collect();
+    keys.into_iter().take(KEYS_MAX).map(str::to_owned).collect()
 }
 
 fn finding(error: &Error) -> Finding {

@@ -319,9 +319,9 @@ mod tests {
 
     fn message(id: u64, body: usize) -> Message {
         Message {
-            id: id.to_string(),
-            destination: "key".to_owned(),
-            kind: "kind".to_owned(),
+            id: id.to_string().into(),
+            destination: "key".into(),
+            kind: "kind".into(),
             content_type: "text/plain",
             committed_at: 0,
             headers: Vec::new(),

@@ -5,6 +5,7 @@
 //! sent. And a body is the row's own bytes: a large one is handed to the socket as it stands and never copied.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use bytestring::ByteString;
 
 use super::frames::FRAME_OVERHEAD;
 use super::link::Output;
@@ -78,8 +79,8 @@ pub(super) fn start_ok(out: &mut BytesMut, mechanism: &str, response: &[u8]) {
         "consumer_cancel_notify",
         "authentication_failure_close",
     ];
-    let text = |text: &str| HeaderValue::Text(text.to_owned());
-    let capabilities = CAPABILITIES.map(|name| (name.to_owned(), HeaderValue::Bool(true)));
+    let text = |text: &'static str| HeaderValue::Text(ByteString::from_static(text));
+    let capabilities = CAPABILITIES.map(|name| (name.into(), HeaderValue::Bool(true)));
     let properties = [
         ("product", text(APP_ID)),
         ("version", text(env!("CARGO_PKG_VERSION"))),
@@ -88,7 +89,7 @@ pub(super) fn start_ok(out: &mut BytesMut, mechanism: &str, response: &[u8]) {
         ("capabilities", HeaderValue::Map(capabilities.into())),
     ];
     method(out, 0, 10, 11, |out| {
-        table(out, &properties.map(|(name, value)| (name.to_owned(), value)));
+        table(out, &properties.map(|(name, value)| (name.into(), value)));
         short(out, mechanism);
         long(out, response);
         short(out, "en_US");
@@ -136,7 +137,7 @@ pub(super) fn exchange_declare_in_vain(out: &mut BytesMut, exchange: &str) {
         short(out, exchange);
         short(out, "topic");
         out.put_u8(DURABLE);
-        table(out, &[("alternate-exchange".to_owned(), HeaderValue::Int(0))]);
+        table(out, &[(ByteString::from_static("alternate-exchange"), HeaderValue::Int(0))]);
     });
 }
 
@@ -241,7 +242,7 @@ fn properties(out: &mut BytesMut, message: &Message) {
     short(out, APP_ID);
 }
 
-fn table(out: &mut BytesMut, fields: &[(String, HeaderValue)]) {
+fn table(out: &mut BytesMut, fields: &[(ByteString, HeaderValue)]) {
     sized(out, |out| {
         for (name, value) in fields {
             short(out, name);
@@ -294,7 +295,7 @@ fn short_bytes(text: &str) -> Result<usize, &str> {
     if short_fits(text) { Ok(1 + text.len()) } else { Err(text) }
 }
 
-fn table_bytes(fields: &[(String, HeaderValue)]) -> Result<usize, &str> {
+fn table_bytes(fields: &[(ByteString, HeaderValue)]) -> Result<usize, &str> {
     let mut bytes = 4;
     for (name, value) in fields {
         bytes += short_bytes(name)? + field_bytes(value)?;
@@ -351,19 +352,19 @@ mod tests {
     }
 
     fn message(body: Vec<u8>) -> Message {
-        let nested = HeaderValue::Map(vec![("b".to_owned(), HeaderValue::List(vec![HeaderValue::Bool(true)]))]);
+        let nested = HeaderValue::Map(vec![("b".into(), HeaderValue::List(vec![HeaderValue::Bool(true)]))]);
         Message {
-            id: "ä".repeat(100),
-            destination: "k".repeat(255),
-            kind: String::new(),
+            id: "ä".repeat(100).into(),
+            destination: "k".repeat(255).into(),
+            kind: ByteString::new(),
             content_type: "text/plain",
             committed_at: 1_700_000_000_999_999,
             headers: vec![
-                ("null".to_owned(), HeaderValue::Null),
-                ("int".to_owned(), HeaderValue::Int(i64::MIN)),
-                ("float".to_owned(), HeaderValue::Float(-0.5)),
-                ("text".to_owned(), HeaderValue::Text("🦀".repeat(100))),
-                ("map".to_owned(), nested),
+                ("null".into(), HeaderValue::Null),
+                ("int".into(), HeaderValue::Int(i64::MIN)),
+                ("float".into(), HeaderValue::Float(-0.5)),
+                ("text".into(), HeaderValue::Text("🦀".repeat(100).into())),
+                ("map".into(), nested),
             ],
             body: Bytes::from(body),
         }
@@ -394,7 +395,7 @@ mod tests {
             assert_eq!((header.class_id, header.body_size), (60, length as u64));
             assert_eq!(first[1].1 - FRAME_OVERHEAD, header_bytes(&message).unwrap());
             let properties = &header.properties;
-            assert_eq!(properties.message_id().as_ref().unwrap().as_str(), message.id);
+            assert_eq!(properties.message_id().as_ref().unwrap().as_str(), &*message.id);
             assert_eq!((properties.delivery_mode(), properties.timestamp()), (&Some(2), &Some(1_700_000_000)));
             assert_eq!(properties.content_type().as_ref().unwrap().as_str(), "text/plain");
             assert_eq!(properties.app_id().as_ref().unwrap().as_str(), "pgoutbox");
@@ -490,11 +491,11 @@ mod tests {
     fn a_name_that_no_short_string_holds_is_found_wherever_it_stands() {
         let long = "x".repeat(256);
         let mut deep = message(Vec::new());
-        deep.headers.push(("a".to_owned(), HeaderValue::Map(vec![(long.clone(), HeaderValue::Null)])));
+        deep.headers.push(("a".into(), HeaderValue::Map(vec![(long.clone().into(), HeaderValue::Null)])));
         let mut id = message(Vec::new());
-        id.id.clone_from(&long);
+        id.id = long.clone().into();
         let mut kind = message(Vec::new());
-        kind.kind.clone_from(&long);
+        kind.kind = long.clone().into();
         for bad in [deep, id, kind] {
             assert_eq!(header_bytes(&bad), Err(long.as_str()));
         }

@@ -169,7 +169,7 @@ impl Sink for FakeSink {
 
     fn admit(&self, message: &Message) -> Result<(), Error> {
         if self.world.with(|state| state.rows[state.row(&message.id)].inadmissible) {
-            return Err(Error::Undeliverable { id: message.id.clone(), problem: "too large".to_owned() });
+            return Err(Error::Undeliverable { id: message.id.to_string(), problem: "too large".to_owned() });
         }
         Ok(())
     }

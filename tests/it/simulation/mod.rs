@@ -278,6 +278,7 @@ fn settings(world: &World) -> Settings {
     let is_harmless = world.with(|state| state.is_harmless);
     world.random(|random| Settings {
         window_messages: random.usize(1..20),
+        window_messages_min: random.usize(1..20),
         window_bytes: random.usize(1..10_000),
         confirm_timeout: Duration::from_secs(5),
         // Where nothing excuses a duplicate, a stop waits until an alarm is over.

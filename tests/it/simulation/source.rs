@@ -351,6 +351,10 @@ impl Source for FakeSource {
         if self.strikes(Fault::TablesFail) {
             return Err(Error::Closed);
         }
+        // The address may lead to another server by now, and the real one looks for that.
+        if self.world.with(|state| state.streams[self.stream].epoch != state.epoch) {
+            return Err(Error::NotNow("another server".to_owned()));
+        }
         Ok(self.world.with(|state| tables(state)))
     }
 

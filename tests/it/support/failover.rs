@@ -1,7 +1,8 @@
 //! Failovers as scenarios: a primary, a physical standby, a relay on an address that leads to one of them.
 //!
 //! The traps. A failover slot becomes lasting on the standby only after the primary's position has passed what the standby
-//! first saw, and until then a promotion drops it: the scenarios wait for that. And a primary that dies must die by SIGKILL:
+//! first saw, and until then a promotion drops it: the scenarios wait for that. The standby's slot sync worker dies of a slot
+//! in a database that the standby does not have yet, and comes back a minute later: so the database first. And a primary that dies must die by SIGKILL:
 //! a clean stop waits until the standby has everything, and nothing lags.
 
 use std::collections::HashSet;
@@ -64,6 +65,7 @@ impl Pair {
         }
         let mut outbox = Outbox::create(&primary, shared_rabbitmq()).await;
         if failover {
+            follows(&standby, outbox.current().await).await;
             let name = &outbox.name;
             outbox.sql(&format!("select pg_drop_replication_slot('{name}')")).await;
             let create = format!("select pg_create_logical_replication_slot('{name}', 'pgoutput', false, false, true)");
@@ -101,10 +103,7 @@ impl Pair {
 
     /// Waits until the standby has replayed all that the primary has flushed.
     pub(crate) async fn standby_has_all(&self) {
-        let standby = connect(&self.standby.url()).await;
-        let flushed = self.outbox.current().await;
-        let replayed = format!("select 1 where pg_last_wal_replay_lsn() >= '{flushed}'::pg_lsn");
-        eventually("the standby follows", || async { !standby.query(&replayed, &[]).await.unwrap().is_empty() }).await;
+        follows(&self.standby, self.outbox.current().await).await;
     }
 
     /// The standby becomes the primary, and inserts go there.
@@ -147,6 +146,12 @@ impl Pair {
     async fn number_rows(&self) {
         self.outbox.sql("alter table outbox add column number bigserial").await;
     }
+}
+
+async fn follows(standby: &Postgres, flushed: Lsn) {
+    let standby = connect(&standby.url()).await;
+    let replayed = format!("select 1 where pg_last_wal_replay_lsn() >= '{flushed}'::pg_lsn");
+    eventually("the standby follows", || async { !standby.query(&replayed, &[]).await.unwrap().is_empty() }).await;
 }
 
 /// The standby has the slot, and the primary publishes only what the standby has.
