@@ -66,10 +66,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     let metrics = Arc::new(Metrics::new());
     let stop = stop_on_signal()?;
     serve(&config, &metrics, stop.clone()).await?;
-    let Some(sink) = config.sink else {
-        return Err(Error::Config(vec!["sink: none is configured".to_owned()]));
-    };
-    let broker = Configured { sink, metrics: metrics.clone() };
+    let broker = Configured { sink: config.sink, metrics: metrics.clone() };
     let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
         settings: config.postgres,

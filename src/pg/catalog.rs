@@ -30,6 +30,19 @@ const VERSION_WITH_FILTERS: i32 = 150_000;
 pub(super) const SERVER: &str = "select s.system_identifier || ' started ' || \
     extract(epoch from pg_catalog.pg_postmaster_start_time()) from pg_catalog.pg_control_system() s";
 
+/// A walsender's client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Of the walsender.
+    pub pid: i32,
+    /// What it calls itself.
+    pub application: Option<String>,
+    /// Where it comes from; none by a Unix socket.
+    pub address: Option<String>,
+    /// `streaming`, `catchup` and others.
+    pub state: Option<String>,
+}
+
 /// An SQL connection, and word of its end.
 #[derive(Debug)]
 pub struct Control {
@@ -144,6 +157,20 @@ impl Control {
         rows.first().map(slot).transpose()
     }
 
+    /// Who streams by this walsender, as far as this role may see.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn holder(&self, pid: i32) -> Result<Option<Holder>, Error> {
+        let sql = "select nullif(application_name, ''), pg_catalog.host(client_addr), state \
+            from pg_catalog.pg_stat_replication where pid = $1";
+        let rows = self.all(sql, &[&pid]).await?;
+        let holder = |row: &Row| -> Result<Holder, Error> {
+            Ok(Holder { pid, application: row.try_get(0)?, address: row.try_get(1)?, state: row.try_get(2)? })
+        };
+        rows.first().map(holder).transpose()
+    }
+
     /// Settings, standbys and prepared transactions, for advice.
     ///
     /// # Errors
@@ -201,8 +228,8 @@ impl Control {
     async fn table(&self, schema: &str, name: &str) -> Result<Option<Table>, Error> {
         let rows = self
             .all(
-                "select c.oid, c.relkind::text, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname) \
-                 from pg_catalog.pg_class c \
+                "select c.oid, c.relkind::text, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname), \
+                 pg_catalog.pg_get_userbyid(c.relowner)::text from pg_catalog.pg_class c \
                  join pg_catalog.pg_namespace n on n.oid = c.relnamespace where n.nspname = $1 and c.relname = $2",
                 &[&schema, &name],
             )
@@ -226,6 +253,7 @@ impl Control {
             .await?;
         let mut table = Table {
             oid,
+            owner: row.try_get(4)?,
             kind: row.try_get(1)?,
             columns: columns.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, Error>>()?,
             leaves: Vec::new(),

@@ -174,7 +174,7 @@ impl ServerError {
     }
 
     /// Without a remedy.
-    fn plain(&self) -> String {
+    pub fn plain(&self) -> String {
         let mut text = format!("{} (SQLSTATE {})", self.message(), self.code());
         for (name, kind) in [("detail", b'D'), ("hint", b'H')] {
             if let Some(field) = self.field(kind) {

@@ -17,7 +17,7 @@ mod login;
 mod minors;
 mod passfile;
 pub mod pgoutput;
-mod refusal;
+pub mod refusal;
 pub mod replication;
 mod rows;
 mod service;

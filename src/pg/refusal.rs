@@ -65,7 +65,7 @@ fn hba(attempt: &Attempt, error: &ServerError) -> Remedy {
 }
 
 /// A name that `pg_hba.conf` would not take for a keyword or several.
-pub(super) fn hba_name(name: &str) -> String {
+pub fn hba_name(name: &str) -> String {
     let is_keyword = ["all", "sameuser", "samerole", "samegroup", "replication"].contains(&name);
     let is_bare = name.chars().all(|letter| letter.is_ascii_alphanumeric() || "_-.".contains(letter));
     if is_bare && !is_keyword { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\"\"")) }
@@ -90,7 +90,7 @@ fn too_many(error: &ServerError, attempt: Option<&Attempt>) -> Remedy {
 }
 
 /// Raises one of the limits that only a restart changes.
-pub(super) fn raise(setting: &str, now: u32) -> Remedy {
+pub fn raise(setting: &str, now: u32) -> Remedy {
     Remedy::sql(format!("ALTER SYSTEM SET {setting} = {}", now.saturating_add(MORE)))
         .then_act("restart PostgreSQL")
         .mind("Standbys first: theirs must not be lower")

@@ -144,6 +144,8 @@ pub struct Published {
 pub struct Table {
     /// Its OID.
     pub oid: u32,
+    /// Its owner's name.
+    pub owner: String,
     /// `r`: a table, `p`: a partitioned one.
     pub kind: String,
     /// Its columns and the OIDs of their types.
@@ -433,6 +435,7 @@ mod tests {
             }),
             table: Some(Table {
                 oid: 7,
+                owner: "admin".to_owned(),
                 kind: "r".to_owned(),
                 columns: vec![("id".to_owned(), 2950), ("note".to_owned(), 25)],
                 leaves: vec![7],

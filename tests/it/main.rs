@@ -15,6 +15,7 @@ mod golden;
 mod links;
 mod memory;
 mod outages;
+mod privileges;
 mod probes;
 mod rows;
 mod scripted;

@@ -6,8 +6,7 @@ use crate::sink::rabbitmq::probe::{self, Deep};
 
 pub(super) async fn look(config: &Config, deep: Option<&Deep>) -> Vec<Look> {
     match &config.sink {
-        Some(SinkSettings::RabbitMq(settings)) => probe::look(settings, deep).await,
-        Some(SinkSettings::Stdout) => vec![Look::sound("standard output")],
-        None => Vec::new(),
+        SinkSettings::RabbitMq(settings) => probe::look(settings, deep).await,
+        SinkSettings::Stdout => vec![Look::sound("standard output")],
     }
 }

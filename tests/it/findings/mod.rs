@@ -279,7 +279,7 @@ impl Case {
 }
 
 /// The words of a command line, as a shell takes it apart.
-fn words(line: &str) -> Vec<String> {
+pub(crate) fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let (mut word, mut is_word, mut is_quoted) = (String::new(), false, false);
     let mut letters = line.chars();
