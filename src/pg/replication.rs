@@ -28,6 +28,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a look at what is next may hold the slot: well below [`ANSWER_TIMEOUT`], since the server must end it.
 const PEEK_MILLISECONDS: u32 = 5_000;
 
+/// The first byte of pgoutput's Insert.
+const INSERT: u8 = b'I';
+
 /// How long a clean end may take: the server answers as soon as it has read our last status.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -143,21 +146,24 @@ impl Replication {
         parse_duration(&text).ok_or_else(wrong)
     }
 
-    /// Decodes what the slot would stream first, up to one transaction, and moves nothing. Holds the slot meanwhile.
+    /// Decodes what the slot would stream first, up to the end of the transaction that reaches so many changes, and moves
+    /// nothing. Holds the slot meanwhile. How many inserts there are.
     ///
     /// # Errors
     /// What would end a stream at its beginning; `Server` with 55006 when the slot is in use, with 57014 when it takes long.
-    pub async fn peek(&mut self, slot: &str, publication: &str) -> Result<(), Error> {
+    pub async fn peek(&mut self, slot: &str, publication: &str, changes: u32) -> Result<u64, Error> {
         self.ask(&format!("set statement_timeout = {PEEK_MILLISECONDS}")).await?;
         let command = format!(
-            "select count(*) from pg_catalog.pg_logical_slot_peek_binary_changes({}, null, 1, 'proto_version', '1', \
+            "select count(*) filter (where pg_catalog.get_byte(data, 0) = {INSERT}) from \
+             pg_catalog.pg_logical_slot_peek_binary_changes({}, null, {changes}, 'proto_version', '1', \
              'publication_names', '{}')",
             literal(slot),
             quoted_list(publication),
         );
         let late = Error::Timeout { during: "decoding what is next", after: ANSWER_TIMEOUT };
         let peeking = self.connection.query_and_hear(&command, notice);
-        timeout(ANSWER_TIMEOUT, peeking).await.unwrap_or(Err(late)).map(|_| ())
+        let rows = timeout(ANSWER_TIMEOUT, peeking).await.unwrap_or(Err(late))?;
+        Ok(rows.into_iter().flatten().flatten().next().and_then(|count| count.parse().ok()).unwrap_or(0))
     }
 
     async fn ask(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, Error> {

@@ -45,10 +45,10 @@ async fn stream(config: &Config, control: &Control, world: &World) -> Option<Loo
     }
     let peeked = async {
         let mut replication = Replication::open(control, &config.postgres).await?;
-        replication.peek(&names.slot, &names.publication).await
+        replication.peek(&names.slot, &names.publication, 1).await
     };
     Some(match peeked.await {
-        Ok(()) => Look::sound(format!("{what}: what is next can be decoded")),
+        Ok(_) => Look::sound(format!("{what}: what is next can be decoded")),
         Err(error @ pg::Error::PublicationSkipped(_)) => Look::wrong(what, gap(&error, config)),
         Err(pg::Error::Server(error)) if error.code() == "42704" => {
             Look::wrong(what, gap(&pg::Error::Server(error), config))
