@@ -257,7 +257,7 @@ impl Metrics {
 
     fn oldest_unsettled_age(&self) -> Duration {
         match u64::try_from(self.oldest_committed_at.load(Ordering::Relaxed)) {
-            Ok(at) if at > 0 => age(at),
+            Ok(at) if at > 0 => ages(&[at]).next().unwrap_or_default(),
             _ => Duration::ZERO,
         }
     }
@@ -268,10 +268,10 @@ impl Metrics {
     }
 }
 
-/// Time since a commit, given in microseconds since 1970; zero when the two clocks disagree.
-pub fn age(committed_at: u64) -> Duration {
+/// Times since commits, given in microseconds since 1970; zero when the two clocks disagree. The clock is read once.
+pub fn ages(committed_at: &[u64]) -> impl Iterator<Item = Duration> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    now.saturating_sub(Duration::from_micros(committed_at))
+    committed_at.iter().map(move |at| now.saturating_sub(Duration::from_micros(*at)))
 }
 
 #[cfg(test)]

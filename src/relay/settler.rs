@@ -81,8 +81,8 @@ impl Settler<'_> {
         self.metrics.settled.inc_by(count as u64);
         self.metrics.in_flight_messages.dec_by(i64::try_from(count).unwrap_or(i64::MAX));
         self.metrics.in_flight_bytes.dec_by(i64::try_from(bytes).unwrap_or(i64::MAX));
-        for at in committed_at {
-            self.metrics.commit_to_settled.observe(metrics::age(*at).as_secs_f64());
+        for age in metrics::ages(committed_at) {
+            self.metrics.commit_to_settled.observe(age.as_secs_f64());
         }
         self.metrics.oldest(None);
     }

@@ -213,20 +213,21 @@ async fn heal(world: &World) {
 
 /// One life after the other.
 async fn supervise(world: &World) {
-    let metrics = Arc::new(Metrics::new());
     while !(world.with(|state| state.healed) && world.is_all_told()) {
-        live(world, &metrics).await;
+        live(world).await;
         sleep(world.pause(Duration::from_secs(3))).await;
     }
 }
 
 /// One life, ended from outside while faults last, from inside once all is told.
-async fn live(world: &World, metrics: &Arc<Metrics>) {
+async fn live(world: &World) {
+    // A process that was killed while the broker blocked takes its knowledge of that along.
+    let metrics = Arc::new(Metrics::new());
     let span = world.pause(Duration::from_secs(30));
     let settings = settings(world);
     let life = world.begin_life(settings.window_messages);
     let (stop, stopped) = watch::channel(false);
-    let process = freezing(world, life, process(world, life, &settings, metrics, stopped));
+    let process = freezing(world, life, process(world, life, &settings, &metrics, stopped));
     let told = Cell::new(None);
     let end = async {
         sleep(span).await;
