@@ -43,6 +43,12 @@ pub struct Holder {
     pub state: Option<String>,
 }
 
+/// Takes off what a role or a database may have been given for the sake of careless clients. Ours is idle for seconds between
+/// two looks, and a walsender's transaction is as long as one of the outbox. By SQL and not at the login: a server that does
+/// not know a parameter there refuses.
+pub(super) const UNLIMITED: &str = "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings \
+    where name in ('idle_session_timeout', 'transaction_timeout')";
+
 /// An SQL connection, and word of its end.
 #[derive(Debug)]
 pub struct Control {
@@ -71,7 +77,9 @@ impl Control {
         let handing = config.connect_raw(Handover::new(connection), NoTls);
         let late = |_| Error::Timeout { during: "connecting", after: settings.connect_timeout };
         let (client, connection) = timeout(settings.connect_timeout, handing).await.map_err(late)??;
-        Ok(Self { client, ended: tokio::spawn(connection), place })
+        let control = Self { client, ended: tokio::spawn(connection), place };
+        control.all(UNLIMITED, &[]).await?;
+        Ok(control)
     }
 
     /// The place that answered: the stream must come from the same one.

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use tokio::time::timeout;
 
-use super::catalog::{Control, SERVER};
+use super::catalog::{Control, SERVER, UNLIMITED};
 use super::connection::{Connection, Frame, Purpose};
 use super::error::{Error, ServerError};
 use super::settings::Settings;
@@ -92,6 +92,7 @@ impl Replication {
         let place = control.place();
         let connection = Connection::open(place, settings, Purpose::Replication).await?;
         let mut replication = Self { connection };
+        replication.ask(UNLIMITED).await?;
         let ours = replication.ask(SERVER).await?.into_iter().flatten().flatten().next().unwrap_or_default();
         let theirs = control.server().await?;
         if ours != theirs {
