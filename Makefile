@@ -1,6 +1,6 @@
 # Plain cargo underneath; the scripts only see to it that the servers are there.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check faults nemesis simulate plants mutants fuzz clean
+.PHONY: help demo test check bench faults nemesis simulate plants mutants fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -22,6 +22,10 @@ check: ## format, lints, documentation, house rules; no servers
 	cargo clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 	cargo test --test it tidy
+
+bench: ## against the limits of the two servers: PART=rate,latency for some, BENCH_ROUNDS (5), BENCH_ROWS (100000)
+	@scripts/install-servers
+	cargo bench --bench servers --bench micro -- $(PART)
 
 faults: ## every fault of the table on real servers: ROUNDS (20) each, WORKERS (2) side by side
 	@scripts/install-servers

@@ -14,7 +14,7 @@ use crate::pg::catalog::Control;
 use crate::pg::refusal::{hba_name, raise};
 use crate::pg::world::{World, identifier, literal};
 use crate::pg::{self, ServerError};
-use crate::sink::rabbitmq::set_permissions;
+use crate::sink::rabbitmq::{Address, set_permissions};
 
 /// A slot cannot be made in a transaction that wrote, and a tool may send all of this as one.
 const SET_UP: &str =
@@ -148,10 +148,9 @@ impl Sql {
 /// Comments: what the user of RabbitMQ may do is not said in SQL.
 fn rabbitmq(sink: &SinkSettings) -> String {
     let SinkSettings::RabbitMq(settings) = sink else { return String::new() };
-    let uri = settings.uris.first();
-    let user = uri.map(|uri| uri.authority.userinfo.username.as_str()).filter(|user| *user != "guest");
-    let user = user.unwrap_or("pgoutbox_relay");
-    let vhost = uri.map_or("/", |uri| uri.vhost.as_str());
+    let address = settings.addresses.first();
+    let user = address.map(Address::user).filter(|user| *user != "guest").unwrap_or("pgoutbox_relay");
+    let vhost = address.map_or("/", Address::vhost);
     // A line of a comment stays one.
     let permissions = |declare| set_permissions(vhost, user, &settings.exchange, declare).replace(['\n', '\r'], " ");
     let text = include_str!("../../sql/rabbitmq.txt")

@@ -66,6 +66,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     let metrics = Arc::new(Metrics::new());
     let stop = stop_on_signal()?;
     serve(&config, &metrics, stop.clone()).await?;
+    warn(&config.sink);
     let broker = Configured { sink: config.sink, metrics: metrics.clone() };
     let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
@@ -78,6 +79,13 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     ended.map_err(|error| Error::of_relay(error, &slot))?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Says once what is unsafe on the way to the broker.
+fn warn(sink: &SinkSettings) {
+    if let SinkSettings::RabbitMq(settings) = sink {
+        settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    }
 }
 
 async fn serve(config: &Config, metrics: &Arc<Metrics>, mut stop: watch::Receiver<bool>) -> Result<(), Error> {

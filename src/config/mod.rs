@@ -8,7 +8,7 @@ mod values;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use self::raw::Raw;
@@ -41,7 +41,7 @@ const fn secret(name: &'static str, help: &'static str) -> Key {
 }
 
 /// Every setting there is.
-pub const KEYS: [Key; 25] = [
+pub const KEYS: [Key; 28] = [
     secret("postgres.url", "libpq URL or key/value string; else DATABASE_URL, else libpq's defaults and PG* variables"),
     key("postgres.slot", "pgoutbox", "the logical replication slot"),
     key("postgres.publication", "pgoutbox", "the publication"),
@@ -56,6 +56,13 @@ pub const KEYS: [Key; 25] = [
     key("outbox.columns.tracestate", "", "else `tracestate`, which may be missing"),
     key("sink", "rabbitmq", "`rabbitmq` or `stdout`"),
     secret("rabbitmq.url", "amqp:// or amqps:// URL, several with commas between; else AMQP_URL"),
+    key("rabbitmq.tls_ca", "", "file with the authorities to trust for amqps://; else the system's"),
+    key(
+        "rabbitmq.tls_certificate",
+        "",
+        "file with our certificate for brokers that ask for one, and what leads to its authority",
+    ),
+    key("rabbitmq.tls_key", "", "file with its key"),
     key("rabbitmq.exchange", "outbox", "the exchange"),
     key("rabbitmq.declare", "true", "declare it as a durable topic exchange; `false`: only look that it exists"),
     key("rabbitmq.routing_key", "{aggregatetype}.{type}", "a template over the row's columns"),
@@ -217,22 +224,36 @@ impl Raw<'_> {
                     .to_owned(),
             );
         }
-        let uris = url.map(|url| self.parsed_uris(&url)).unwrap_or_default();
-        SinkSettings::RabbitMq(rabbitmq::Settings { uris, exchange, declare, message_bytes_max })
+        let addresses = url.map(|url| self.addresses(&url)).unwrap_or_default();
+        SinkSettings::RabbitMq(rabbitmq::Settings { addresses, exchange, declare, message_bytes_max })
     }
 
-    fn parsed_uris(&mut self, urls: &str) -> Vec<amq_protocol_uri::AMQPUri> {
-        let mut uris = Vec::new();
-        for url in urls.split(',') {
-            match url.trim().parse() {
-                Ok(uri) => uris.push(uri),
-                // The parser's message repeats the URL.
-                Err(_) => {
-                    self.fault("rabbitmq.url: an URL such as amqp://user:password@host:5672/vhost is needed".to_owned())
+    fn addresses(&mut self, urls: &str) -> Vec<rabbitmq::Address> {
+        let file = |raw: &Self, name: &str| raw.optional(name).map(PathBuf::from);
+        let [roots, certificate, key] =
+            ["rabbitmq.tls_ca", "rabbitmq.tls_certificate", "rabbitmq.tls_key"].map(|name| file(self, name));
+        if certificate.is_some() != key.is_some() {
+            self.fault(
+                "rabbitmq.tls_certificate: it goes together with rabbitmq.tls_key; set both, or none".to_owned(),
+            );
+        }
+        let files = rabbitmq::Files { roots, certificate, key };
+        match rabbitmq::Address::parse_all(urls, &files) {
+            Ok(addresses) => {
+                if !files.is_empty() && !addresses.iter().any(rabbitmq::Address::is_tls) {
+                    self.fault(
+                        "rabbitmq.tls_ca, tls_certificate, tls_key: rabbitmq.url says amqp://, which is without \
+                                TLS; say amqps://, or leave them out"
+                            .to_owned(),
+                    );
                 }
+                addresses
+            }
+            Err(faults) => {
+                faults.into_iter().for_each(|fault| self.fault(format!("rabbitmq.url: {fault}")));
+                Vec::new()
             }
         }
-        uris
     }
 
     fn relay(&mut self) -> relay::Settings {
@@ -353,7 +374,7 @@ mod tests {
         for name in ["PGOUTBOX__RABBITMQ__URL_FILE", "AMQP_URL_FILE"] {
             let config = load(&[URLS[0], (name, path)], None, &[]).unwrap();
             let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
-            assert_eq!(rabbitmq.uris[0].authority.userinfo.password, "s3cret");
+            assert_eq!(rabbitmq.addresses[0].password, "s3cret");
             assert!(config.printed().contains("rabbitmq.url = \"***\""), "{}", config.printed());
             assert!(!format!("{config:?}{}", config.printed()).contains("s3cret"));
         }
@@ -365,7 +386,7 @@ mod tests {
         let file = file("[rabbitmq]\nurl = \"amqp://user:${SECRET}@h\"\n");
         let config = load(&[URLS[0], ("SECRET", "s3cret")], Some(file.path()), &[]).unwrap();
         let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
-        assert_eq!(rabbitmq.uris[0].authority.userinfo.password, "s3cret");
+        assert_eq!(rabbitmq.addresses[0].password, "s3cret");
         let faults = load(&[URLS[0]], Some(file.path()), &[]).unwrap_err();
         assert!(faults[0].contains("SECRET is not set"), "{faults:?}");
     }

@@ -1,6 +1,7 @@
 //! One outbox row as a message: what every sink gets and every consumer sees.
 //!
-//! Texts are slices of what was read from the socket, as the body is. The trap: a payload that is parsed and written again is another payload. The body is the row's bytes, untouched.
+//! The trap: a payload that is parsed and written again is another payload. The body is the row's bytes, untouched; like the
+//! texts, it is a slice of what was read from the socket.
 
 use bytes::Bytes;
 use bytestring::ByteString;

@@ -139,8 +139,9 @@ impl Control {
             slots_max: count(&server, 6)?,
             slots_used: count(&server, 7)?,
             slot: self.slot(&names.slot).await?,
-            publication: self.publication(&names.publication, version).await?,
+            // Before the publication: a partition that is made between the two is in it, and not a hole.
             table: self.table(&names.schema, &names.table).await?,
+            publication: self.publication(&names.publication, version).await?,
         })
     }
 

@@ -76,8 +76,8 @@ pub(super) fn channel() -> (Sender, Receiver) {
 }
 
 impl Sender {
-    /// Sends the batch, which is then empty. `None`: the publisher wants no more. Cancel-safe: until there is room for all of
-    /// it, nothing has happened.
+    /// Sends the batch, which is then empty. `None`: the publisher wants no more. Cancel-safe: until there is room for all
+    /// of it, nothing has happened.
     pub(super) async fn send(&self, batch: &mut Batch) -> Option<()> {
         let limited = |count: usize, max: u32| u32::try_from(count).unwrap_or(u32::MAX).min(max);
         let items = self.items.clone().acquire_many_owned(limited(batch.items.len(), ITEMS_MAX)).await.ok()?;

@@ -23,6 +23,10 @@ use crate::pg::{self, Settings};
 /// How often the catalog is asked while streaming.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Something is wrong when it was so each of these times: who changes several partitions takes longer than a look.
+const LOOKS: u32 = 4;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(250);
+
 /// Opening a stream: a handful of queries and two logins, each with a limit of its own. Starting decoding may take long:
 /// the server reads WAL from the slot's restart position on before it answers.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -83,11 +87,15 @@ impl Postgres {
         Some(Finding::new(problem, world.republish(&self.names)))
     }
 
-    /// Looks twice before it says that something is wrong: the catalog is read by several statements, and a partition that
-    /// is attached between two of them looks like a hole in the publication.
+    /// Looks again before it says that something is wrong: the catalog is read by several statements, and a partition that
+    /// goes between two of them looks like a hole in the publication.
     async fn inspect(&self, control: &Control) -> Result<World, pg::Error> {
         let mut world = control.inspect(&self.names).await?;
-        if !self.findings(&world).is_empty() {
+        for _ in 1..LOOKS {
+            if self.findings(&world).is_empty() {
+                break;
+            }
+            sleep(BETWEEN_LOOKS).await;
             world = control.inspect(&self.names).await?;
         }
         if world.in_recovery {

@@ -174,8 +174,8 @@ impl<S: Source> Reader<'_, S> {
         }
     }
 
-    /// Takes this event and those that are here already, up to a batch, or up to the end of the transaction after which there
-    /// shall be none: under load the next one has always begun. What came before an end still counts.
+    /// Takes this event and those that are here already, up to a batch, or up to the end of the transaction after which
+    /// there shall be none: under load the next one has always begun. What came before an end still counts.
     async fn gather(
         &mut self,
         first: Result<Event, crate::pg::Error>,

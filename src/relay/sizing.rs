@@ -1,12 +1,12 @@
 //! How large the window is: as small as the broker's full rate allows. Pure: it is told what settled and when.
 //!
-//! In flight = rate x latency (Little's law). While the pipe is not full, a larger window buys rate; once it is, it buys only
-//! latency, memory and duplicates. So the size doubles as long as that pays, and then is compared, in short turns, with one
-//! twice as large and one a little smaller, for as many turns as the noise of the rates asks for. What changes nothing is
-//! tried again, later and later.
+//! In flight = rate x latency (Little's law). While the pipe is not full, a larger window buys rate; once it is, it buys
+//! only latency, memory and duplicates. So the size doubles as long as that pays, and then is compared, in short turns, with
+//! one twice as large and one a little smaller, for as many turns as the noise of the rates asks for. What changes nothing
+//! is tried again, later and later.
 //!
-//! The traps. A rate that the source sets says nothing about the window: turns in which the window was not full do not count.
-//! And what settles just after a change was published before it: each turn begins when one window has passed.
+//! The traps. A rate that the source sets says nothing about the window: turns in which the window was not full do not
+//! count. And what settles just after a change was published before it: each turn begins when one window has passed.
 
 use std::time::Duration;
 

@@ -22,7 +22,7 @@ use std::time::Duration;
 pub(crate) use keeper::Keeper;
 pub use postgres::Postgres;
 pub(crate) use process::Process;
-pub use rabbitmq::RabbitMq;
+pub use rabbitmq::{Extras, RabbitMq, Tls};
 
 /// Two programs may pick the same port between our look and the server's bind; each further attempt picks anew.
 const START_ATTEMPTS_MAX: u32 = 4;

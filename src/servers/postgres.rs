@@ -17,7 +17,8 @@ use super::keeper::Keeper;
 use super::process::{Process, gone_within, true_within};
 use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
 
-/// Recovery after a kill included, which writes every file to disk; generous, because the machine may be building something else.
+/// Recovery after a kill included, which writes every file to disk; generous, because the machine may be building something
+/// else.
 const START_WITHIN: Duration = Duration::from_secs(120);
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 

@@ -36,15 +36,45 @@ const PROBE_WITHIN: Duration = Duration::from_secs(2);
 const PROTOCOL_HEADER: &[u8] = b"AMQP\x00\x00\x09\x01";
 const FRAME_METHOD: u8 = 1;
 
-/// A private RabbitMQ node, as a rule without plugins; dropping it kills it and removes its data.
+/// What a node has besides our defaults.
+#[derive(Clone, Debug, Default)]
+pub struct Extras {
+    /// Names of plugins that come with it.
+    pub plugins: Vec<String>,
+    /// More lines of `rabbitmq.conf`.
+    pub configuration: String,
+    /// With it, the node also listens for TLS, on a port of its own.
+    pub tls: Option<Tls>,
+}
+
+/// What a node shows to clients that speak TLS, and whom of them it trusts; PEM.
+#[derive(Clone)]
+pub struct Tls {
+    /// Certificates of those who sign those of clients.
+    pub authorities: String,
+    /// Its own, and what leads to its authority.
+    pub certificate: String,
+    /// The key of that.
+    pub key: String,
+    /// Whether clients must have one, too.
+    pub demands_certificate: bool,
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tls").field("demands_certificate", &self.demands_certificate).finish_non_exhaustive()
+    }
+}
+
+/// A private RabbitMQ node, by default without plugins; dropping it kills it and removes its data.
 #[derive(Debug)]
 pub struct RabbitMq {
     root: PathBuf,
     node: String,
     port: u16,
+    tls_port: Option<u16>,
     distribution_port: u16,
     epmd_port: u16,
-    management_port: Option<u16>,
     epmd: Option<Child>,
     beam: Option<Child>,
     // Dropped in this order, after our own Drop killed both children.
@@ -58,41 +88,27 @@ impl RabbitMq {
         Self::start_from(Path::new("/"))
     }
 
+    /// The same with more than the defaults.
+    pub fn start_with(extras: &Extras) -> Result<Self, Error> {
+        Self::start_prepared(Path::new("/"), extras)
+    }
+
     /// The same for what is unpacked below `root` as Debian would install it: the scripts in `usr/lib/rabbitmq/bin`, and in
     /// `usr/lib/erlang/bin` an `erl` and an `epmd` that run from there (see `scripts/install-rabbitmq-4`).
     pub fn start_from(root: &Path) -> Result<Self, Error> {
+        Self::start_prepared(root, &Extras::default())
+    }
+
+    fn start_prepared(root: &Path, extras: &Extras) -> Result<Self, Error> {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let mut server = Self::prepare(root)?;
+            let mut server = Self::prepare(root, extras)?;
             match server.start_again() {
                 Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
                 result => return result.map(|()| server),
             }
         }
-    }
-
-    /// A node with the management plugin, which answers on [`Self::management_url`].
-    pub fn start_with_management() -> Result<Self, Error> {
-        let mut attempt = 0;
-        loop {
-            attempt += 1;
-            let mut server = Self::prepare(Path::new("/"))?;
-            let [port] = free_ports()?;
-            server.management_port = Some(port);
-            server.write("enabled_plugins", "[rabbitmq_management].\n")?;
-            let listen = format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
-            server.write("rabbitmq.conf", &format!("{CONFIGURATION}{listen}"))?;
-            match server.start_again() {
-                Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
-                result => return result.map(|()| server),
-            }
-        }
-    }
-
-    /// Of the management API, without user and password; `None` without the plugin.
-    pub fn management_url(&self) -> Option<String> {
-        self.management_port.map(|port| format!("http://127.0.0.1:{port}"))
     }
 
     /// `amqp://guest:guest@127.0.0.1:PORT/%2f`.
@@ -103,6 +119,18 @@ impl RabbitMq {
     /// The AMQP port on 127.0.0.1. It stays the same for the life of this value.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The TLS port on 127.0.0.1, of a node that has one.
+    pub fn tls_port(&self) -> Option<u16> {
+        self.tls_port
+    }
+
+    /// From now on it shows this certificate; the listener reads it anew once Erlang has forgotten what it has read.
+    pub fn show(&self, certificate: &str, key: &str) -> Result<(), Error> {
+        self.write(CERTIFICATE, certificate)?;
+        self.write(KEY, key)?;
+        self.ctl(&["eval", "ssl:clear_pem_cache()."]).map(|_| ())
     }
 
     /// The process id of the Erlang machine while it runs.
@@ -192,7 +220,7 @@ impl RabbitMq {
         Err(Error::refused(format!("run rabbitmqctl {}", args.join(" ")), why.trim()))
     }
 
-    fn prepare(root: &Path) -> Result<Self, Error> {
+    fn prepare(root: &Path, extras: &Extras) -> Result<Self, Error> {
         let script = root.join(BIN).join("rabbitmq-server");
         if !script.is_file() {
             let looked_for = script.display().to_string();
@@ -204,23 +232,35 @@ impl RabbitMq {
         let directory = tempfile::Builder::new().prefix("pgoutbox-rabbitmq-").tempdir();
         let directory = directory.map_err(Error::io("make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
-        let [port, distribution_port, epmd_port] = free_ports()?;
+        let [port, tls_port, distribution_port, epmd_port] = free_ports()?;
+        let tls_port = extras.tls.as_ref().map(|_| tls_port);
         let node = format!("pgoutbox-{port}@localhost");
-        let server = Self {
-            root,
-            node,
-            port,
-            distribution_port,
-            epmd_port,
-            management_port: None,
-            epmd: None,
-            beam: None,
-            directory,
-            keeper,
-        };
-        server.write("enabled_plugins", "[].\n")?;
-        server.write("rabbitmq.conf", CONFIGURATION)?;
+        let (epmd, beam) = (None, None);
+        let server = Self { root, node, port, tls_port, distribution_port, epmd_port, epmd, beam, directory, keeper };
+        server.write("enabled_plugins", &format!("[{}].\n", extras.plugins.join(",")))?;
+        let mut configuration = CONFIGURATION.to_owned() + &extras.configuration;
+        if let (Some(tls), Some(port)) = (&extras.tls, tls_port) {
+            configuration += &server.listen_for_tls(tls, port)?;
+        }
+        server.write("rabbitmq.conf", &configuration)?;
         Ok(server)
+    }
+
+    /// Writes its files and returns the lines of its configuration.
+    fn listen_for_tls(&self, tls: &Tls, port: u16) -> Result<String, Error> {
+        self.write(AUTHORITIES, &tls.authorities)?;
+        self.write(CERTIFICATE, &tls.certificate)?;
+        self.write(KEY, &tls.key)?;
+        let [authorities, certificate, key] = [AUTHORITIES, CERTIFICATE, KEY].map(|file| self.path(file));
+        Ok(format!(
+            "\nlisteners.ssl.1 = 127.0.0.1:{port}\nssl_options.verify = verify_peer\n\
+             ssl_options.fail_if_no_peer_cert = {}\nssl_options.cacertfile = {}\nssl_options.certfile = {}\n\
+             ssl_options.keyfile = {}\n",
+            tls.demands_certificate,
+            authorities.display(),
+            certificate.display(),
+            key.display()
+        ))
     }
 
     fn start_epmd(&mut self) -> Result<(), Error> {
@@ -245,12 +285,15 @@ impl RabbitMq {
     fn wait_until_it_answers(&mut self) -> Result<(), Error> {
         let doing = "start RabbitMQ".to_owned();
         let log = self.path("rabbit.log");
-        let port = self.port;
+        let (port, has_tls) = (self.port, self.tls_port.is_some());
         let mut answers = false;
         let mut ended = false;
         let in_time = true_within(START_WITHIN, || {
             // Its own log as well: after a clash of ports, it is a stranger who answers.
-            answers = read_lossy(&log).contains("started TCP listener") && answers_amqp(port);
+            let text = read_lossy(&log);
+            let listens =
+                text.contains("started TCP listener") && (!has_tls || text.contains("started TLS (SSL) listener"));
+            answers = listens && answers_amqp(port);
             ended = self.beam.as_ref().and_then(process_of).is_none();
             answers || ended
         });
@@ -345,6 +388,10 @@ disk_free_limit.absolute = 50MB
 vm_memory_high_watermark.absolute = 1GB
 log.file.level = info
 ";
+
+const AUTHORITIES: &str = "authorities.pem";
+const CERTIFICATE: &str = "certificate.pem";
+const KEY: &str = "key.pem";
 
 /// HOME holds the Erlang cookie. Without the rest, the node would read and write under /etc and /var.
 const FILES: [(&str, &str); 13] = [

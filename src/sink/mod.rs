@@ -88,6 +88,9 @@ pub enum Error {
         /// What was said.
         problem: String,
     },
+    /// No session with any of several hosts.
+    #[error("no host of {} will do: {}", .0.len(), .0.join("; "))]
+    Hosts(Vec<String>),
     /// The session broke.
     #[error("the session with the broker broke: {0}")]
     Broken(String),

@@ -104,6 +104,11 @@ fn no_text_breaks_the_settings_of_a_connection() {
 }
 
 #[test]
+fn no_text_breaks_the_address_of_a_broker() {
+    survives("address");
+}
+
+#[test]
 fn every_target_has_a_corpus_and_a_program_of_its_own() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
     let manifest = std::fs::read_to_string(root.join("Cargo.toml")).unwrap();

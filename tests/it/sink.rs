@@ -14,7 +14,7 @@ use lapin::types::FieldTable;
 use pgoutbox::metrics::Metrics;
 use pgoutbox::outbox::{HeaderValue, Message};
 use pgoutbox::servers;
-use pgoutbox::sink::rabbitmq::{MESSAGE_BYTES_MAX, Settings};
+use pgoutbox::sink::rabbitmq::{Address, Files, MESSAGE_BYTES_MAX, Settings};
 use pgoutbox::sink::{Error, RabbitMq, Refusal, Sink};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -34,6 +34,10 @@ fn message(id: String, destination: &str) -> Message {
     }
 }
 
+fn addresses(url: &str) -> Vec<Address> {
+    Address::parse_all(url, &Files::default()).unwrap()
+}
+
 /// A session with an exchange of its own, to which a queue is bound for the key `known`.
 async fn open() -> RabbitMq {
     open_at(&shared_rabbitmq().url(), &unique("sink"), MESSAGE_BYTES_MAX).await
@@ -50,8 +54,7 @@ async fn open_at(url: &str, name: &str, message_bytes_max: u64) -> RabbitMq {
     let (bound, table) = (QueueBindOptions::default(), FieldTable::default());
     channel.queue_bind(exchange.into(), exchange.into(), "known".into(), bound, table).await.unwrap();
     connection.close(200, "done".into()).await.unwrap();
-    let settings =
-        Settings { uris: vec![url.parse().unwrap()], exchange: name.to_owned(), declare: true, message_bytes_max };
+    let settings = Settings { addresses: addresses(url), exchange: name.to_owned(), declare: true, message_bytes_max };
     RabbitMq::open(&settings, Arc::new(Metrics::new())).await.unwrap()
 }
 
@@ -184,7 +187,7 @@ async fn many_runs_in_flight_through_a_slow_reader_settle_in_order() {
     let name = unique("sink");
     drop(open_at(&shared_rabbitmq().url(), &name, 0).await);
     let settings = Settings {
-        uris: vec![format!("amqp://guest:guest@127.0.0.1:{port}/%2f").parse().unwrap()],
+        addresses: addresses(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f")),
         exchange: name,
         declare: true,
         message_bytes_max: 0,
@@ -213,7 +216,7 @@ async fn a_session_that_is_dropped_in_the_middle_of_a_run_leaves_no_socket_behin
     let gone = Arc::new(Notify::new());
     let (port, way) = narrow_way(shared_rabbitmq().port(), 1500, 100_000, gone.clone()).await;
     let settings = Settings {
-        uris: vec![format!("amqp://guest:guest@127.0.0.1:{port}/%2f").parse().unwrap()],
+        addresses: addresses(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f")),
         exchange: unique("sink"),
         declare: true,
         message_bytes_max: 0,

@@ -1,16 +1,17 @@
 //! From a URL to an open channel with confirms on: TCP, TLS, the protocol's greeting, login, vhost, channel.
 //!
-//! The trap: a broker that hangs accepts the socket and says nothing, for a night, so every step has a deadline. Dropped on
-//! the way, a step leaves nothing behind: the socket closes with its last owner, and no thread or task has begun.
+//! The traps. A broker that hangs accepts the socket and says nothing, for a night, so every step has a deadline. Dropped on
+//! the way, a step leaves nothing behind: the socket closes with its last owner, and no thread or task has begun. And the
+//! plain and the TLS port stand side by side: who speaks at the wrong one is told so, instead of what his peer made of it.
 
 use std::future::Future;
 use std::time::Duration;
 
-use amq_protocol_uri::{AMQPScheme, AMQPUri, SASLMechanism};
 use bytes::BytesMut;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
+use super::address::{Address, Mechanism};
 use super::frames::{Fault, Word};
 use super::link::{Link, Stream};
 use super::refusal::Account;
@@ -46,9 +47,9 @@ pub(super) async fn answer<T>(during: &'static str, pending: impl Future<Output 
 }
 
 /// Opens a connection and its channel, and makes sure of the exchange.
-pub(super) async fn open(uri: &AMQPUri, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
-    let account = Account::of(uri, settings);
-    let mut opened = enter(uri, &account, metrics).await?;
+pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
+    let account = Account::of(address, settings);
+    let mut opened = enter(address, &account, metrics).await?;
     let link = &mut opened.link;
     let failed = |fault: Fault| account.failure(&fault);
     let channel = |word: &Word| matches!(word, Word::ChannelOpenOk);
@@ -62,13 +63,19 @@ pub(super) async fn open(uri: &AMQPUri, settings: &Settings, metrics: &Metrics) 
 }
 
 /// Opens a connection, without a channel.
-pub(super) async fn enter(uri: &AMQPUri, account: &Account, metrics: &Metrics) -> Result<Opened, Error> {
-    let connecting = async {
-        let stream = reach(uri).await.map_err(Fault::Lost)?;
+pub(super) async fn enter(address: &Address, account: &Account, metrics: &Metrics) -> Result<Opened, Error> {
+    let unreachable = |problem: String| Error::Unreachable { host: address.to_string(), problem };
+    let socket = reach(address).await.map_err(unreachable)?;
+    let greeting = async {
+        let stream: Box<dyn Stream> = match &address.tls {
+            None => Box::new(socket),
+            Some(wanted) => Box::new(tls::secure(socket, address, wanted).await.map_err(Fault::Lost)?),
+        };
         let mut link = Link::new(stream, FRAME_BYTES_MAX as usize);
-        greet(&mut link, uri, metrics).await.map(|greeted| greeted.opened(link))
+        greet(&mut link, address, metrics).await.map(|greeted| greeted.opened(link))
     };
-    answer("connecting", connecting).await?.map_err(|fault| account.outside(&fault))
+    let greeted = timeout(ANSWER_TIMEOUT, greeting).await.map_err(|_| unreachable(late(ANSWER_TIMEOUT)))?;
+    greeted.map_err(|fault| account.outside(&fault))
 }
 
 /// Says something and waits for its answer.
@@ -83,13 +90,24 @@ pub(super) async fn ask(
     answer(during, heard(link, metrics, wanted)).await
 }
 
-/// A socket to the first address that takes it, with TLS where the URL says so.
-async fn reach(uri: &AMQPUri) -> Result<Box<dyn Stream>, String> {
-    let name = uri.authority.host.trim_start_matches('[').trim_end_matches(']');
-    let addresses = lookup_host((name, uri.authority.port)).await.map_err(|error| error.to_string())?;
+fn late(after: Duration) -> String {
+    format!("it did not answer within {after:?}")
+}
+
+/// A socket to the first address of the host that takes it.
+async fn reach(address: &Address) -> Result<TcpStream, String> {
+    let patience = address.connection_timeout.unwrap_or(ANSWER_TIMEOUT);
+    let looking = timeout(patience, lookup_host((address.host.as_str(), address.port))).await;
+    let places = looking.map_err(|_| "no address was found for its name in time".to_owned())?;
     let mut reached = Err("the host has no address".to_owned());
-    for address in addresses {
-        reached = TcpStream::connect(address).await.map_err(|error| error.to_string());
+    for place in places.map_err(|error| error.to_string())? {
+        let connected = timeout(patience, TcpStream::connect(place)).await;
+        reached = connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).map_err(|error| {
+            match error.kind() {
+                std::io::ErrorKind::TimedOut => late(patience),
+                _ => error.to_string(),
+            }
+        });
         if reached.is_ok() {
             break;
         }
@@ -97,10 +115,7 @@ async fn reach(uri: &AMQPUri) -> Result<Box<dyn Stream>, String> {
     let socket = reached?;
     // A run is written whole; Nagle would hold back its last segment.
     socket.set_nodelay(true).map_err(|error| error.to_string())?;
-    Ok(match uri.scheme {
-        AMQPScheme::AMQP => Box::new(socket),
-        AMQPScheme::AMQPS => Box::new(tls::secure(socket, &uri.authority.host).await?),
-    })
+    Ok(socket)
 }
 
 /// What the greeting agreed on.
@@ -117,27 +132,29 @@ impl Greeted {
 }
 
 /// Protocol header, start, tune, open.
-async fn greet(link: &mut Link, uri: &AMQPUri, metrics: &Metrics) -> Result<Greeted, Fault> {
+async fn greet(link: &mut Link, address: &Address, metrics: &Metrics) -> Result<Greeted, Fault> {
     link.output.tail().extend_from_slice(wire::PROTOCOL_HEADER);
-    let Word::Start { properties, mechanisms } =
-        heard(link, metrics, |word| matches!(word, Word::Start { .. })).await?
-    else {
+    let start = heard(link, metrics, |word| matches!(word, Word::Start { .. })).await;
+    let Word::Start { properties, mechanisms } = start.map_err(|fault| stranger(link, address, fault))? else {
         return Err(unexpected());
     };
-    let (mechanism, response) = login(uri, &mechanisms)?;
-    wire::start_ok(link.output.tail(), mechanism, &response);
+    let mechanism = mechanism(address, &mechanisms)?;
+    wire::start_ok(link.output.tail(), mechanism.name(), &response(mechanism, address));
     let Word::Tune { frame_max, heartbeat } = heard(link, metrics, |word| matches!(word, Word::Tune { .. })).await?
     else {
         return Err(unexpected());
     };
-    let frame_max = smaller(frame_max, uri.query.frame_max.unwrap_or(FRAME_BYTES_MAX));
+    let frame_max = match smaller(frame_max, address.frame_max.unwrap_or(FRAME_BYTES_MAX)) {
+        0 => FRAME_BYTES_MAX,
+        agreed => agreed,
+    };
     if frame_max < FRAME_BYTES_MIN {
         return Err(Fault::Protocol(format!("frame_max is {frame_max}; AMQP asks for {FRAME_BYTES_MIN} at least")));
     }
-    let heartbeat = smaller(heartbeat.into(), uri.query.heartbeat.unwrap_or(HEARTBEAT_SECONDS).into());
+    let heartbeat = smaller(heartbeat.into(), address.heartbeat.unwrap_or(HEARTBEAT_SECONDS).into());
     wire::tune_ok(link.output.tail(), frame_max, u16::try_from(heartbeat).unwrap_or(u16::MAX));
     link.frame_max = frame_max as usize;
-    wire::open(link.output.tail(), &uri.vhost);
+    wire::open(link.output.tail(), &address.vhost);
     heard(link, metrics, |word| matches!(word, Word::OpenOk)).await?;
     let property = |name: &str| {
         let found = properties.iter().find(|(property, _)| property == name);
@@ -155,20 +172,46 @@ fn smaller(a: u32, b: u32) -> u32 {
     if a == 0 || b == 0 { a.max(b) } else { a.min(b) }
 }
 
-/// The mechanism and what to say with it.
-fn login(uri: &AMQPUri, offered: &str) -> Result<(&'static str, Vec<u8>), Fault> {
-    let user = &uri.authority.userinfo;
-    let mechanism = uri.query.auth_mechanism.unwrap_or_default();
-    let response = match mechanism {
-        SASLMechanism::Plain => format!("\0{}\0{}", user.username, user.password).into_bytes(),
-        // The client's certificate says who we are.
-        SASLMechanism::External => Vec::new(),
-        other => return Err(Fault::Protocol(format!("login by {other} is not supported, only PLAIN and EXTERNAL"))),
-    };
-    if !offered.split(' ').any(|name| name == mechanism.name()) {
-        return Err(Fault::Protocol(format!("the broker offers no login by {mechanism}, only by {offered}")));
+/// The first of ours that the broker offers.
+fn mechanism(address: &Address, offered: &str) -> Result<Mechanism, Fault> {
+    let is_offered = |mechanism: &&Mechanism| offered.split(' ').any(|name| name == mechanism.name());
+    address.mechanisms.iter().find(is_offered).copied().ok_or_else(|| {
+        let ours: Vec<&str> = address.mechanisms.iter().map(|mechanism| mechanism.name()).collect();
+        let remedy = if ours.contains(&"EXTERNAL") {
+            "enable its plugin rabbitmq_auth_mechanism_ssl and add EXTERNAL to its auth_mechanisms"
+        } else {
+            "name one of the latter as auth_mechanism in rabbitmq.url"
+        };
+        Fault::Lost(format!("the broker offers no login by {}, only by {offered}. Remedy: {remedy}", ours.join(" or ")))
+    })
+}
+
+/// What to say with a mechanism.
+fn response(mechanism: Mechanism, address: &Address) -> Vec<u8> {
+    match mechanism {
+        Mechanism::Plain => format!("\0{}\0{}", address.user, address.password).into_bytes(),
+        Mechanism::Amqplain => wire::amqplain(&address.user, &address.password),
+        Mechanism::External => Vec::new(),
     }
-    Ok((mechanism.name(), response))
+}
+
+/// What ended a greeting before the broker's first word: perhaps it is none, or at its other port.
+fn stranger(link: &Link, address: &Address, fault: Fault) -> Fault {
+    const ALERT: u8 = 21;
+    const HANDSHAKE: u8 = 22;
+    let is_plain = address.tls.is_none();
+    match (link.first_byte(), fault) {
+        (Some(ALERT | HANDSHAKE), _) if is_plain => Fault::Lost(
+            "the peer speaks TLS. Remedy: say amqps:// in rabbitmq.url, or name the broker's plain port".to_owned(),
+        ),
+        (Some(_), Fault::Protocol(problem)) => Fault::Lost(format!(
+            "{problem}. Remedy: see that host and port are the broker's: by default 5672, and 5671 for amqps://"
+        )),
+        (None, Fault::Lost(problem)) if is_plain => Fault::Lost(format!(
+            "{problem}. Remedy: see that it runs; if this is its TLS port, say amqps:// in rabbitmq.url"
+        )),
+        (_, fault) => fault,
+    }
 }
 
 fn unexpected() -> Fault {

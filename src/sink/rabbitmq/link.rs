@@ -14,6 +14,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 use super::frames::{self, Fault, Word};
+use super::tls;
 use super::wire::CHANNEL;
 
 /// A socket, with TLS or without.
@@ -142,7 +143,7 @@ impl Link {
         let moved = std::future::poll_fn(|context| self.poll_move(context)).await;
         moved.map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => Fault::Lost("the broker closed the connection".to_owned()),
-            _ => Fault::Lost(error.to_string()),
+            _ => Fault::Lost(tls::told(&error)),
         })
     }
 
@@ -190,6 +191,11 @@ impl Link {
         let count = ready!(pin!(self.stream.read_buf(&mut self.input)).poll(context))?;
         self.heard = true;
         if count == 0 { Poll::Ready(Err(ErrorKind::UnexpectedEof.into())) } else { Poll::Ready(Ok(())) }
+    }
+
+    /// Of what came and is not understood yet.
+    pub(super) fn first_byte(&self) -> Option<u8> {
+        self.input.first().copied()
     }
 
     /// What the next frame says, if a whole one is here.

@@ -4,11 +4,11 @@
 //! The trap: the API shows queues that a user may not use, and hides what its user may not see. What it says is worth a
 //! note, never a verdict.
 
-use amq_protocol_uri::{AMQPScheme, AMQPUri};
 use serde_json::Value as Json;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::address::{Address, ServerName, Tls};
 use super::connect::ANSWER_TIMEOUT;
 use super::probe::Deep;
 use super::refusal::Account;
@@ -21,7 +21,9 @@ const QUEUES_MAX: usize = 50;
 
 /// Where the API is, and who asks.
 struct Api {
-    is_tls: bool,
+    /// Of the broker.
+    address: Address,
+    tls: Option<Tls>,
     host: String,
     port: u16,
     prefix: String,
@@ -35,8 +37,8 @@ struct Binding {
 }
 
 /// What there is to say.
-pub(super) async fn look(uri: &AMQPUri, account: &Account, deep: &Deep, keys: &[String]) -> Vec<Look> {
-    let api = match Api::of(uri, deep.management_url.as_deref()) {
+pub(super) async fn look(address: &Address, account: &Account, deep: &Deep, keys: &[String]) -> Vec<Look> {
+    let api = match Api::of(address, deep.management_url.as_deref()) {
         Ok(api) => api,
         Err(problem) => return vec![not_looked(problem)],
     };
@@ -52,15 +54,16 @@ fn not_looked(problem: String) -> Look {
 }
 
 impl Api {
-    fn of(uri: &AMQPUri, url: Option<&str>) -> Result<Self, String> {
-        let user = &uri.authority.userinfo;
-        let authorization = format!("Basic {}", base64(format!("{}:{}", user.username, user.password).as_bytes()));
+    fn of(address: &Address, url: Option<&str>) -> Result<Self, String> {
+        let authorization = format!("Basic {}", base64(format!("{}:{}", address.user, address.password).as_bytes()));
+        let api = |tls: Option<Tls>, host: &str, port: u16, prefix: &str| {
+            let (host, prefix) = (host.to_owned(), prefix.to_owned());
+            Self { address: address.clone(), tls, host, port, prefix, authorization: authorization.clone() }
+        };
         let Some(url) = url else {
-            // Nobody who is not told the password already hears it so.
-            let is_tls = uri.scheme == AMQPScheme::AMQPS;
-            let port = if is_tls { 15_671 } else { 15_672 };
-            let host = uri.authority.host.clone();
-            return Ok(Self { is_tls, host, port, prefix: String::new(), authorization });
+            // As safe as the broker itself, which hears the password as well.
+            let port = if address.is_tls() { 15_671 } else { 15_672 };
+            return Ok(api(address.tls.clone(), &address.host, port, ""));
         };
         let wrong = || format!("{url:?} is no address such as http://host:15672");
         let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
@@ -74,22 +77,26 @@ impl Api {
             Some((host, port)) if !port.ends_with(']') => (host, port.parse().map_err(|_| wrong())?),
             _ => (authority, if is_tls { 443 } else { 80 }),
         };
-        let prefix = prefix.trim_end_matches('/').to_owned();
-        Ok(Self { is_tls, host: host.to_owned(), port, prefix, authorization })
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let system = Tls { roots: None, identity: None, verifies: true, server_name: ServerName::Host };
+        let named = |tls: Tls| Tls { server_name: ServerName::Other(host.to_owned()), ..tls };
+        let tls = is_tls.then(|| named(address.tls.clone().unwrap_or(system)));
+        Ok(api(tls, host, port, prefix.trim_end_matches('/')))
     }
 
     async fn get(&self, path: &str) -> Result<Json, String> {
         let Self { host, port, prefix, .. } = self;
         let place = format!("{host}:{port}");
-        let name = host.trim_start_matches('[').trim_end_matches(']');
-        let reached = timeout(ANSWER_TIMEOUT, TcpStream::connect((name, *port))).await;
+        let reached = timeout(ANSWER_TIMEOUT, TcpStream::connect((host.as_str(), *port))).await;
         let socket = reached.map_err(|_| "no answer".to_owned()).and_then(|socket| socket.map_err(|e| e.to_string()));
         let socket = socket.map_err(|problem| format!("no management API at {place}: {problem}"))?;
         let (path, authorization) = (format!("{prefix}/api{path}"), Some(self.authorization.as_str()));
-        let answer = if self.is_tls {
-            ask(tls::secure(socket, host).await?, &place, &path, authorization).await
-        } else {
-            ask(socket, &place, &path, authorization).await
+        let answer = match &self.tls {
+            Some(wanted) => {
+                let stream = tls::secure(socket, &self.address, wanted).await?;
+                ask(stream, &place, &path, authorization).await
+            }
+            None => ask(socket, &place, &path, authorization).await,
         };
         match answer.map_err(|problem| format!("no management API at {place}: {problem}"))? {
             (200, body) => serde_json::from_slice(&body).map_err(|_| format!("no JSON from {place}")),
@@ -251,6 +258,7 @@ fn base64(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::address::Files;
     use super::*;
 
     #[test]
@@ -281,13 +289,14 @@ mod tests {
     #[test]
     fn the_api_is_looked_for_beside_the_broker_or_where_it_is_said_to_be() {
         let place = |uri: &str, url: Option<&str>| {
-            Api::of(&uri.parse().unwrap(), url).map(|api| (api.is_tls, api.host, api.port, api.prefix))
+            let address = Address::parse(uri, &Files::default()).unwrap();
+            Api::of(&address, url).map(|api| (api.tls.is_some(), api.host, api.port, api.prefix))
         };
         let at = |is_tls, host: &str, port, prefix: &str| Ok((is_tls, host.to_owned(), port, prefix.to_owned()));
         assert_eq!(place("amqp://u:p@rabbit", None), at(false, "rabbit", 15_672, ""));
         assert_eq!(place("amqps://u:p@rabbit", None), at(true, "rabbit", 15_671, ""));
         assert_eq!(place("amqp://rabbit", Some("https://other/mq/")), at(true, "other", 443, "/mq"));
-        assert_eq!(place("amqp://rabbit", Some("http://[::1]:8080")), at(false, "[::1]", 8080, ""));
+        assert_eq!(place("amqp://rabbit", Some("http://[::1]:8080")), at(false, "::1", 8080, ""));
         for wrong in ["rabbit:15672", "ftp://rabbit", "http://rabbit:x"] {
             assert!(place("amqp://rabbit", Some(wrong)).is_err());
         }

@@ -1,13 +1,15 @@
 //! RabbitMQ over AMQP 0-9-1: a durable topic exchange, persistent and mandatory messages, publisher confirms pipelined.
 //!
 //! Our own client of the fifteen methods that a publisher needs, because it decides what counts as held: it sees returns
-//! and confirms in the order of the wire, and writes a run in one call. In reading order: `connect` (URL to channel, with
-//! `tls`), `session` (one task that owns the rest), `link` (the socket), `wire` (what we say), `frames` (what the broker
-//! says), `ledger` (what it holds), `refusal` (what it means when it says no). `probe` looks, for `check`.
+//! and confirms in the order of the wire, and writes a run in one call. In reading order: `address` (the URL), `connect`
+//! (from there to a channel, with `tls`), `session` (one task that owns the rest), `link` (the socket), `wire` (what we
+//! say), `frames` (what the broker says), `ledger` (what it holds), `refusal` (what it means when it says no). `probe` and
+//! `management` look, for `check`.
 //!
 //! The trap: a connection that survives an error looks like help. Only the relay knows from where to publish again, so
 //! nothing here recovers: the first fault ends the session.
 
+mod address;
 mod connect;
 mod frames;
 mod ledger;
@@ -22,10 +24,10 @@ mod wire;
 use std::sync::Arc;
 use std::time::Duration;
 
-use amq_protocol_uri::AMQPUri;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+pub use self::address::{Address, Files};
 use self::connect::answer;
 use self::frames::FRAME_OVERHEAD;
 use self::refusal::Account;
@@ -49,7 +51,7 @@ const MESSAGE_BYTES_MAX_3: u64 = 128 * 1024 * 1024;
 #[derive(Clone)]
 pub struct Settings {
     /// Tried in order.
-    pub uris: Vec<AMQPUri>,
+    pub addresses: Vec<Address>,
     /// The exchange.
     pub exchange: String,
     /// Declare the exchange, or only look that it exists.
@@ -60,8 +62,29 @@ pub struct Settings {
 
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let hosts: Vec<String> = self.uris.iter().map(host).collect();
-        f.debug_struct("Settings").field("hosts", &hosts).field("exchange", &self.exchange).finish_non_exhaustive()
+        let mut printed = f.debug_struct("Settings");
+        printed.field("addresses", &self.addresses).field("exchange", &self.exchange).finish_non_exhaustive()
+    }
+}
+
+impl Settings {
+    /// Where somebody else could listen or pose as the broker, and what to do about it; told once, at start.
+    pub fn warnings(&self) -> Vec<String> {
+        let of = |address: &Address| {
+            match &address.tls {
+            Some(wanted) => tls::warnings(wanted),
+            None if address.is_loopback() => Vec::new(),
+            None => vec![
+                "amqp:// is not encrypted: whoever is in between reads the password and every message. Remedy: say amqps:// \
+                 and name the broker's TLS port (by default 5671)"
+                    .to_owned(),
+            ],
+        }
+        };
+        let told = |address: &Address| -> Vec<String> {
+            of(address).into_iter().map(|warning| format!("RabbitMQ at {address}: {warning}")).collect()
+        };
+        self.addresses.iter().flat_map(told).collect()
     }
 }
 
@@ -78,31 +101,31 @@ impl RabbitMq {
     /// Opens a session with the first host that lets us in, and makes sure of the exchange.
     ///
     /// # Errors
-    /// The last host's.
+    /// Every host's, as one.
     pub async fn open(settings: &Settings, metrics: Arc<Metrics>) -> Result<Self, Error> {
         if !wire::short_fits(&settings.exchange) {
             let problem = format!("the exchange's name has {} bytes where AMQP takes 255", settings.exchange.len());
             return Err(Error::Setup(Finding::new(problem, Remedy::act("set rabbitmq.exchange to a shorter one"))));
         }
-        let mut last = Error::Broken("no host is configured".to_owned());
-        for uri in &settings.uris {
-            match Self::open_at(uri, settings, &metrics).await {
+        let mut errors = Vec::new();
+        for address in &settings.addresses {
+            match Self::open_at(address, settings, &metrics).await {
                 Ok(session) => return Ok(session),
-                Err(error) => last = error,
+                Err(error) => errors.push(error),
             }
         }
-        Err(last)
+        Err(all(errors))
     }
 
-    async fn open_at(uri: &AMQPUri, settings: &Settings, metrics: &Arc<Metrics>) -> Result<Self, Error> {
-        let opened = connect::open(uri, settings, metrics).await?;
+    async fn open_at(address: &Address, settings: &Settings, metrics: &Arc<Metrics>) -> Result<Self, Error> {
+        let opened = connect::open(address, settings, metrics).await?;
         let message_bytes_max = match settings.message_bytes_max {
             0 => message_bytes_max(&opened.product, &opened.version),
             set => set,
         };
         let server = format!("{} {}", opened.product, opened.version);
         let header_bytes_max = opened.link.frame_max.saturating_sub(FRAME_OVERHEAD);
-        let session = Session::start(opened, Account::of(uri, settings), metrics.clone());
+        let session = Session::start(opened, Account::of(address, settings), metrics.clone());
         tracing::debug!(server, message_bytes_max, "a session with the broker is open");
         Ok(Self { session, server, message_bytes_max, header_bytes_max, published: 0 })
     }
@@ -146,6 +169,19 @@ impl Sink for RabbitMq {
     }
 }
 
+/// What several hosts said: one that was reached and needs a human tells more than one that was not.
+fn all(mut errors: Vec<Error>) -> Error {
+    let setup = errors.iter().position(|error| matches!(error, Error::Setup(_)));
+    match errors.len() {
+        0 => Error::Broken("no host is configured".to_owned()),
+        1 => errors.remove(0),
+        _ => match setup {
+            Some(index) => errors.remove(index),
+            None => Error::Hosts(errors.iter().map(ToString::to_string).collect()),
+        },
+    }
+}
+
 /// What the broker takes of one message.
 struct Limits {
     body_bytes: u64,
@@ -179,9 +215,4 @@ fn message_bytes_max(product: &str, version: &str) -> u64 {
         ("RabbitMQ", Some(3)) => MESSAGE_BYTES_MAX_3,
         _ => MESSAGE_BYTES_MAX,
     }
-}
-
-/// Host and port of a URI, without user and password.
-pub fn host(uri: &AMQPUri) -> String {
-    format!("{}:{}", uri.authority.host, uri.authority.port)
 }

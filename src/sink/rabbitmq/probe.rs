@@ -57,11 +57,11 @@ pub struct Deep {
 /// Looks at the first host that lets us in.
 pub async fn look(settings: &Settings, deep: Option<&Deep>) -> Vec<Look> {
     let mut looks = Vec::new();
-    for uri in &settings.uris {
-        let account = Account::of(uri, settings);
+    for address in &settings.addresses {
+        let account = Account::of(address, settings);
         let metrics = Metrics::new();
         let place = format!("{} as {}, vhost {}", account.host, account.user, account.vhost);
-        match enter(uri, &account, &metrics).await {
+        match enter(address, &account, &metrics).await {
             Ok(opened) => {
                 let server = (opened.product.clone(), opened.version.clone());
                 let keys = deep.map(keys).unwrap_or_default();
@@ -72,7 +72,7 @@ pub async fn look(settings: &Settings, deep: Option<&Deep>) -> Vec<Look> {
                 looks.extend(probe.looks(&server.0).await);
                 if let Some(deep) = deep {
                     looks.extend(probe.deep_looks(settings, deep, &server.0, &server.1));
-                    looks.extend(management::look(uri, &probe.account, deep, &probe.keys).await);
+                    looks.extend(management::look(address, &probe.account, deep, &probe.keys).await);
                 }
                 probe.leave().await;
                 return looks;

@@ -4,8 +4,9 @@
 //! `set_permissions` replaces what the user had, so every line of it holds all three patterns. And 403 on an exchange may be
 //! about the exchange, or about the routing key where topic permissions are set.
 
+use super::Settings;
+use super::address::Address;
 use super::frames::{Close, Fault};
-use super::{Settings, host};
 use crate::finding::{Finding, Remedy, word};
 use crate::sink::Error;
 
@@ -27,6 +28,8 @@ pub(super) struct Account {
     pub(super) exchange: String,
     /// Whether the exchange is declared by us.
     pub(super) declare: bool,
+    /// RabbitMQ lets that user in from its own machine only.
+    pub(super) is_guest_from_afar: bool,
 }
 
 /// The patterns that a relay's user needs: configure, write, read.
@@ -50,13 +53,14 @@ pub fn set_permissions(vhost: &str, user: &str, exchange: &str, declare: bool) -
 }
 
 impl Account {
-    pub(super) fn of(uri: &amq_protocol_uri::AMQPUri, settings: &Settings) -> Self {
+    pub(super) fn of(address: &Address, settings: &Settings) -> Self {
         Self {
-            host: host(uri),
-            user: uri.authority.userinfo.username.clone(),
-            vhost: uri.vhost.clone(),
+            host: address.to_string(),
+            user: address.user.clone(),
+            vhost: address.vhost.clone(),
             exchange: settings.exchange.clone(),
             declare: settings.declare,
+            is_guest_from_afar: address.is_guest() && !address.is_loopback(),
         }
     }
 
@@ -89,9 +93,13 @@ impl Account {
         let text = sentence(&close.text);
         let problem = format!("the broker at {host} refuses user {user}, vhost {vhost}: {text}");
         let remedy = match close.code {
-            530 if text.contains("not found") => {
-                Remedy::shell(format!("rabbitmqctl add_vhost {}", word(vhost))).then_shell(self.set_permissions())
-            }
+            530 if vhost.is_empty() => Remedy::act(
+                "leave out the `/` at the end of rabbitmq.url, which names the vhost of the empty name; the vhost / is /%2F \
+                 or nothing at all",
+            ),
+            530 if text.contains("not found") => Remedy::shell(format!("rabbitmqctl add_vhost {}", word(vhost)))
+                .then_shell(self.set_permissions())
+                .mind("Or check the vhost of rabbitmq.url"),
             530 if text.contains("user connection limit") => {
                 Remedy::shell(format!("rabbitmqctl clear_user_limits {} max-connections", word(user)))
             }
@@ -99,7 +107,7 @@ impl Account {
                 Remedy::shell(format!("rabbitmqctl clear_vhost_limits -p {}", word(vhost)))
             }
             530 if text.contains("refused") => self.permit(),
-            403 if user == "guest" && !self.is_on_loopback() => Remedy::shell(format!("rabbitmqctl add_user {USER}"))
+            403 if self.is_guest_from_afar => Remedy::shell(format!("rabbitmqctl add_user {USER}"))
                 .then_shell(set_permissions(vhost, USER, &self.exchange, self.declare))
                 .then_act(format!("put {USER} and its password into rabbitmq.url"))
                 .mind("RabbitMQ lets guest in from its own machine only"),
@@ -167,12 +175,6 @@ impl Account {
     fn permit(&self) -> Remedy {
         Remedy::shell(self.set_permissions()).mind("The line replaces what the user may do in this vhost")
     }
-
-    fn is_on_loopback(&self) -> bool {
-        let name = self.host.rsplit_once(':').map_or(self.host.as_str(), |(name, _)| name);
-        let name = name.trim_start_matches('[').trim_end_matches(']');
-        name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
-    }
 }
 
 /// Whether it is the routing key that is refused.
@@ -198,9 +200,10 @@ fn sentence(text: &str) -> &str {
 mod tests {
     use super::*;
 
-    fn account(host: &str, user: &str) -> Account {
+    fn account(is_guest_from_afar: bool) -> Account {
         let text = |text: &str| text.to_owned();
-        Account { host: text(host), user: text(user), vhost: text("/"), exchange: text("out.box"), declare: true }
+        let (host, user, vhost, exchange) = (text("rabbit:5672"), text("relay"), text("/"), text("out.box"));
+        Account { host, user, vhost, exchange, declare: true, is_guest_from_afar }
     }
 
     #[test]
@@ -214,10 +217,8 @@ mod tests {
     #[test]
     fn guest_from_elsewhere_is_told_apart_from_a_wrong_password() {
         let close = Close { code: 403, text: "ACCESS_REFUSED - Login was refused".to_owned(), method: (0, 0) };
-        let first = |host: &str, user: &str| account(host, user).refused_entry(&close).remedy.steps()[0].text();
-        assert_eq!(first("rabbit:5672", "guest"), "rabbitmqctl add_user pgoutbox_relay");
-        for (host, user) in [("127.0.0.1:5672", "guest"), ("[::1]:5672", "guest"), ("rabbit:5672", "relay")] {
-            assert_eq!(first(host, user), format!("rabbitmqctl change_password {user}"));
-        }
+        let first = |afar: bool| account(afar).refused_entry(&close).remedy.steps()[0].text();
+        assert_eq!(first(true), "rabbitmqctl add_user pgoutbox_relay");
+        assert_eq!(first(false), "rabbitmqctl change_password relay");
     }
 }

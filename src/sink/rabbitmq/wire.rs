@@ -96,6 +96,14 @@ pub(super) fn start_ok(out: &mut BytesMut, mechanism: &str, response: &[u8]) {
     });
 }
 
+/// What AMQPLAIN says in `connection.start-ok`: a table, as everywhere, but for its size.
+pub(super) fn amqplain(user: &str, password: &str) -> Vec<u8> {
+    let fields = [("LOGIN", user), ("PASSWORD", password)];
+    let mut out = BytesMut::new();
+    table(&mut out, &fields.map(|(name, text)| (name.into(), HeaderValue::Text(text.into()))));
+    out.get(4..).unwrap_or_default().to_vec()
+}
+
 pub(super) fn tune_ok(out: &mut BytesMut, frame_max: u32, heartbeat: u16) {
     method(out, 0, 10, 31, |out| {
         out.put_u16(CHANNEL);

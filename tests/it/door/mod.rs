@@ -1,8 +1,11 @@
-//! The door to Postgres: both connections go where libpq's would, with what libpq would, and are refused where it is.
+//! The doors. To Postgres both connections go where libpq's would, with what libpq would, and are refused where it is; to
+//! RabbitMQ a session goes where its URL says, and OpenSSL's word on a certificate is ours.
 //!
-//! The trap: a test of our own idea of libpq proves the idea. So each case is also given to psql, which is libpq, against
-//! the same server, and the two must agree.
+//! The trap: a test of our own idea of libpq proves the idea. So each case is also given to psql, which is libpq, or to the
+//! command line of OpenSSL, against the same server, and the two must agree.
 
+mod amqp;
+mod amqps;
 mod auth;
 mod files;
 mod hosts;
@@ -13,12 +16,16 @@ use std::error::Error as _;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
+use pgoutbox::metrics::Metrics;
 use pgoutbox::pg::catalog::Control;
 use pgoutbox::pg::replication::Replication;
 use pgoutbox::pg::{self, Settings};
 use pgoutbox::servers::Postgres;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm};
+use pgoutbox::sink::rabbitmq::{Address, Files};
+use pgoutbox::sink::{RabbitMq, Sink, rabbitmq};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SignatureAlgorithm, date_time_ymd};
 
 use crate::support::unique;
 
@@ -136,7 +143,13 @@ pub(crate) struct Issued {
 
 impl Authority {
     fn new(name: &str) -> Self {
+        Self::valid(name, 2020, 2090)
+    }
+
+    /// From the beginning of one year to that of another.
+    fn valid(name: &str, from: i32, to: i32) -> Self {
         let mut params = CertificateParams::default();
+        (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -170,6 +183,14 @@ pub(crate) fn self_signed(algorithm: &'static SignatureAlgorithm) -> Issued {
     Issued { certificate: certificate.pem(), key: key.serialize_pem() }
 }
 
+/// What `openssl req -x509` makes: a server that is its own authority.
+fn self_signed_authority() -> Issued {
+    let mut params = named(&["localhost", "127.0.0.1"], "localhost");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    Issued { certificate: params.self_signed(&key).unwrap().pem(), key: key.serialize_pem() }
+}
+
 /// By the OpenSSL command line, for what rcgen cannot make: RSA keys, version 1.
 fn openssl(arguments: &[&str], directory: &Path) {
     let output = Command::new("openssl").args(arguments).current_dir(directory).output().unwrap();
@@ -200,4 +221,22 @@ fn install(postgres: &Postgres, name: &str, text: &str) {
     mode(&path, 0o600);
     let owner = std::fs::metadata(postgres.data_dir()).unwrap();
     chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
+}
+
+/// A session with RabbitMQ that changes nothing there.
+async fn session(urls: &str, files: &Files) -> Result<RabbitMq, String> {
+    let addresses = Address::parse_all(urls, files).map_err(|faults| faults.join("; "))?;
+    let exchange = "amq.topic".to_owned();
+    let settings = rabbitmq::Settings { addresses, exchange, declare: false, message_bytes_max: 0 };
+    let opened = RabbitMq::open(&settings, Arc::new(Metrics::new())).await;
+    opened.map_err(|error| {
+        assert!(!error.to_string().contains(CANARY) && !format!("{error:?}{settings:?}").contains(CANARY), "{error}");
+        error.to_string()
+    })
+}
+
+/// Whether a session comes about, or why not.
+async fn opens(urls: &str, files: &Files) -> Result<(), String> {
+    session(urls, files).await?.close().await;
+    Ok(())
 }

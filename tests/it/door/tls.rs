@@ -29,8 +29,9 @@ fn by_the_manual(authority: &Authority) -> Issued {
 }
 
 /// Every kind of certificate that a server may show, and whether root files are to hold it itself.
-fn kinds(authority: &Authority, other: &Authority) -> Vec<(&'static str, Issued, String)> {
+pub(super) fn kinds(authority: &Authority, other: &Authority) -> Vec<(&'static str, Issued, String)> {
     let root = || authority.pem.clone();
+    let gone = Authority::valid("gone", 2020, 2021);
     let of_another = other.issue(named(&["localhost", "127.0.0.1"], "localhost"));
     let mut expired = named(&["localhost", "127.0.0.1"], "localhost");
     (expired.not_before, expired.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
@@ -49,6 +50,7 @@ fn kinds(authority: &Authority, other: &Authority) -> Vec<(&'static str, Issued,
         ("with a wrong name", authority.issue(named(&["other.example"], "localhost")), root()),
         ("of a wrong authority", of_another.clone(), root()),
         ("expired", authority.issue(expired), root()),
+        ("of an authority that has expired", gone.issue(named(&["localhost", "127.0.0.1"], "x")), gone.pem.clone()),
         ("not valid yet", authority.issue(early), root()),
         ("for an address only", authority.issue(named(&["127.0.0.1"], "127.0.0.1")), root()),
         ("for another address", authority.issue(named(&["127.0.0.2"], "127.0.0.1")), root()),

@@ -13,12 +13,13 @@ use pgoutbox::pg::Settings;
 use pgoutbox::pg::connection::{FRAME_BYTES_MAX, Frame, take_frame};
 use pgoutbox::pg::pgoutput::{self, Message, Value};
 use pgoutbox::pg::replication::{self, Event};
+use pgoutbox::sink::rabbitmq::{Address, Files};
 
 /// A decoder and what must hold of it.
 pub(super) type Target = fn(&[u8]);
 
 /// All of them; each has a corpus of its name.
-pub(super) const ALL: [(&str, Target); 7] = [
+pub(super) const ALL: [(&str, Target); 8] = [
     ("pgoutput", pgoutput),
     ("frames", frames),
     ("assembler", assembler),
@@ -26,6 +27,7 @@ pub(super) const ALL: [(&str, Target); 7] = [
     ("template", template),
     ("headers", headers),
     ("settings", settings),
+    ("address", address),
 ];
 
 /// One message of the stream. Nothing is longer than the bytes it came in.
@@ -227,5 +229,37 @@ pub(super) fn settings(data: &[u8]) {
             assert!(!format!("{settings:?}").contains("password"));
         }
         Err(problem) => assert!(!problem.is_empty()),
+    }
+}
+
+/// Where the brokers are. What is accepted leads to hosts that stand in it, or to this machine where none does; and no message
+/// tells a piece of a password.
+pub(super) fn address(data: &[u8]) {
+    const SECRET: &str = "s3cret";
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match Address::parse_all(text, &Files::default()) {
+        Ok(addresses) => {
+            assert!(!addresses.is_empty() && addresses.len() <= text.matches("://").count());
+            // What stands in brackets is an address, and no default takes its place.
+            let (brackets, numeric) =
+                (text.matches("//[").count() + text.matches("@[").count(), |address: &&Address| {
+                    address.host.contains(':')
+                });
+            assert!(text.contains('?') || addresses.iter().filter(numeric).count() == brackets, "{text}");
+            for address in addresses {
+                assert!(!address.host.is_empty() && address.port > 0 && !address.host.contains(['@', '/', '[', ',']));
+                let is_numeric = address.host.contains(':');
+                // Written out with its escapes or its zeros, it need not look the same.
+                let stands_there = text.to_lowercase().contains(&address.host.to_lowercase());
+                assert!(is_numeric || stands_there || address.host == "localhost" || text.contains('%'), "{text}");
+                // Read again, what is shown is the same place.
+                let shown = Address::parse(&format!("amqp://{address}"), &Files::default()).unwrap();
+                assert_eq!((&shown.host, shown.port), (&address.host, address.port));
+            }
+        }
+        Err(faults) => {
+            assert!(!faults.is_empty());
+            assert!(!faults.join("\n").contains(SECRET), "{text}: {faults:?}");
+        }
     }
 }

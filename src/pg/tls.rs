@@ -1,12 +1,10 @@
 //! TLS as libpq does it: when to ask for it, whom to trust, who we are.
 //!
 //! The traps. A root certificate file that exists is used whatever `sslmode` says, so `require` beside it is `verify-ca`.
-//! What a server sends in the clear behind its answer to SSLRequest was put there by somebody else (CVE-2021-23222). And
-//! `prefer`, the default, falls back to no encryption: it hides from listeners, and from nobody who can change a packet.
-
-mod certificate;
-mod files;
-mod verifier;
+//! What a server sends in the clear behind its answer to SSLRequest was put there by somebody else (CVE-2021-23222).
+//! `prefer`, the default, falls back to no encryption: it hides from listeners, and from nobody who can change a packet. And
+//! a key is checked before it is used, not before it is chosen, so that a default key nobody knew of is not used by accident
+//! while the world can read it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,16 +13,15 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream, rustls};
 
-use rustls::client::WebPkiServerVerifier;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
-use rustls::{CertificateError, ClientConfig, RootCertStore, SupportedProtocolVersion};
+use rustls::sign::SingleCertAndKey;
+use rustls::{CertificateError, ClientConfig, SupportedProtocolVersion};
 
-use self::certificate::Certificate;
-use self::files::Identity;
-use self::verifier::{Chain, Verifier};
 use super::conninfo::Values;
 use super::dial::{Address, Place, Socket};
 use super::error::Error;
+use crate::tls::{self, Certificate, Chain, File, Name};
 
 /// The name of Postgres' protocol in TLS' own negotiation, registered with IANA.
 const PROTOCOL: &[u8] = b"postgresql";
@@ -55,17 +52,47 @@ pub(super) struct Settings {
     pub(super) mode: Mode,
     is_direct: bool,
     roots: Roots,
-    revocation_list: Option<PathBuf>,
+    revocation_list: Option<File>,
     identity: Identity,
     sends_name: bool,
     versions: Vec<&'static SupportedProtocolVersion>,
+}
+
+/// Who we are, if the server asks.
+#[derive(Clone, Debug)]
+struct Identity {
+    certificate: Option<File>,
+    key: Option<File>,
+    /// A file that was named must be there; a default one may be missing.
+    is_named: bool,
+}
+
+impl Identity {
+    fn read(values: &Values, certificate: Option<File>, key: Option<File>) -> Result<Self, String> {
+        let is_named = values.get("sslcert").is_some();
+        let is_used = values.one_of("sslcertmode", &[("disable", false), ("allow", true)]).map_err(|error| {
+            format!("{error} (`require` is not supported: say `clientcert=verify-full` on the server's side)")
+        })?;
+        let certificate = certificate.filter(|_| is_used != Some(false));
+        Ok(Self { certificate, key, is_named })
+    }
+
+    /// Our certificate and key; `None` when there is none.
+    fn load(&self, provider: &CryptoProvider) -> Result<Option<Arc<SingleCertAndKey>>, String> {
+        let Some(certificate) = self.certificate.as_ref().filter(|file| self.is_named || file.path.exists()) else {
+            return Ok(None);
+        };
+        let key = self.key.as_ref().ok_or("sslkey: none is named, and there is no home directory to look in")?;
+        key.check_mode()?;
+        tls::identity(certificate, key, provider).map(Some)
+    }
 }
 
 #[derive(Clone, Debug)]
 enum Roots {
     System,
     /// libpq: used when it is there, needed to verify.
-    File(Option<PathBuf>),
+    File(Option<File>),
 }
 
 impl Settings {
@@ -92,13 +119,14 @@ impl Settings {
         }
         let file = |keyword, name: &str| {
             let default = || home.map(|home| home.join(".postgresql").join(name));
-            values.get(keyword).map(PathBuf::from).or_else(default)
+            values.get(keyword).map(PathBuf::from).or_else(default).map(|path| File::new(path, keyword))
         };
         Ok(Self {
             mode,
             is_direct,
             roots: if is_system { Roots::System } else { Roots::File(file("sslrootcert", "root.crt")) },
-            revocation_list: file("sslcrl", "root.crl").filter(|path| values.get("sslcrl").is_some() || path.exists()),
+            revocation_list: file("sslcrl", "root.crl")
+                .filter(|file| values.get("sslcrl").is_some() || file.path.exists()),
             identity: Identity::read(values, file("sslcert", "postgresql.crt"), file("sslkey", "postgresql.key"))?,
             sends_name: values.one_of("sslsni", &[("0", false), ("1", true)])?.unwrap_or(true),
             versions: versions(values)?,
@@ -117,44 +145,27 @@ impl Settings {
     }
 
     fn config(&self, place: &Place) -> Result<ClientConfig, String> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let algorithms = provider.signature_verification_algorithms;
         let name = (self.mode == Mode::VerifyFull).then(|| place.host.name.clone());
         if name.as_ref().is_some_and(String::is_empty) {
             return Err("sslmode=verify-full needs a host beside hostaddr, to compare the certificate with".to_owned());
         }
-        let verifier = Verifier { chain: self.chain(&provider)?, name, algorithms };
-        let config = ClientConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&self.versions)
-            .map_err(|error| error.to_string())?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier));
-        let mut config = match self.identity.load(&provider)? {
-            Some(key) => config.with_client_cert_resolver(key),
-            None => config.with_no_client_auth(),
-        };
+        let provider = tls::provider();
+        let (chain, identity) = (self.chain(&provider)?, self.identity.load(&provider)?);
+        let mut config = tls::client(provider, &self.versions, chain, name.map(Name::Libpq), identity)?;
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         config.enable_sni = self.sends_name;
         Ok(config)
     }
 
-    fn chain(&self, provider: &Arc<rustls::crypto::CryptoProvider>) -> Result<Option<Chain>, String> {
+    fn chain(&self, provider: &Arc<CryptoProvider>) -> Result<Option<Chain>, String> {
         let roots = match &self.roots {
-            Roots::System => {
-                let found = rustls_native_certs::load_native_certs();
-                if found.certs.is_empty() {
-                    return Err(
-                        "sslrootcert=system: the system has no certificates; install ca-certificates".to_owned()
-                    );
-                }
-                found.certs
-            }
-            Roots::File(Some(path)) if path.exists() => files::certificates(path, "sslrootcert")?,
+            Roots::System => tls::system_roots().map_err(|problem| format!("sslrootcert=system: {problem}"))?,
+            Roots::File(Some(file)) if file.path.exists() => file.certificates()?,
             Roots::File(_) if self.mode < Mode::VerifyCa => return Ok(None),
-            Roots::File(path) => {
-                let path = path
+            Roots::File(file) => {
+                let path = file
                     .as_ref()
-                    .map_or_else(|| "~/.postgresql/root.crt".to_owned(), |path| path.display().to_string());
+                    .map_or_else(|| "~/.postgresql/root.crt".to_owned(), |file| file.path.display().to_string());
                 return Err(format!(
                     "the root certificate file {path} does not exist. Remedy: put the certificate of the server's authority \
                      there or name it in sslrootcert; sslrootcert=system trusts the system's; a weaker sslmode \
@@ -162,17 +173,9 @@ impl Settings {
                 ));
             }
         };
-        let mut store = RootCertStore::empty();
-        let (added, _) = store.add_parsable_certificates(roots.iter().cloned());
-        if added == 0 {
-            return Err("sslrootcert: no certificate in it can be used".to_owned());
-        }
-        let mut webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(store), provider.clone());
-        if let Some(path) = &self.revocation_list {
-            webpki = webpki.with_crls(files::revocation_lists(path)?).enforce_revocation_expiration();
-        }
-        let webpki = webpki.build().map_err(|error| format!("sslrootcert or sslcrl: {error}"))?;
-        Ok(Some(Chain { webpki, roots, has_revocation_lists: self.revocation_list.is_some() }))
+        let revocation_lists = self.revocation_list.as_ref().map(File::revocation_lists).transpose()?;
+        let chain = Chain::new(roots, revocation_lists.unwrap_or_default(), provider);
+        chain.map(Some).map_err(|problem| format!("sslrootcert or sslcrl: {problem}"))
     }
 
     /// Asks for TLS and shakes hands; gives the stream back as it is when the server has no TLS and none is needed.
@@ -222,7 +225,7 @@ impl Settings {
         let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
         let roots = match &self.roots {
             Roots::System => "the system's certificates".to_owned(),
-            Roots::File(path) => path.as_ref().map_or_else(String::new, |path| path.display().to_string()),
+            Roots::File(file) => file.as_ref().map_or_else(String::new, |file| file.path.display().to_string()),
         };
         match inner {
             Some(rustls::Error::InvalidCertificate(problem)) => match problem {

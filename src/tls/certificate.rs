@@ -1,11 +1,9 @@
-//! Just enough of X.509 for what rustls leaves to us: the hash for channel binding, host names as libpq compares them,
-//! and certificates of version 1.
+//! Just enough of X.509 for what rustls leaves to us: the hash for channel binding, the names in a certificate, and
+//! certificates of version 1.
 //!
 //! Why by hand: webpki neither tells a signature's algorithm nor looks at a Common Name, and it reads no version 1, which
 //! is what the recipe in Postgres' own manual makes. A DER reader that only walks forward is shorter than the glue to
 //! one. The trap: every byte here is the peer's, so nothing is indexed and whatever does not fit is `None`.
-
-use std::net::IpAddr;
 
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
@@ -17,18 +15,18 @@ const OCTET_STRING: u8 = 0x04;
 const BOOLEAN: u8 = 0x01;
 
 /// The parts of a certificate, as they stand in it.
-pub(super) struct Certificate<'a> {
+pub(crate) struct Certificate<'a> {
     /// What the issuer signed.
-    pub(super) signed: &'a [u8],
+    pub(crate) signed: &'a [u8],
     /// The signature's algorithm, without its outer header.
-    pub(super) algorithm: &'a [u8],
-    pub(super) signature: &'a [u8],
-    pub(super) is_version_1: bool,
-    pub(super) issuer: &'a [u8],
-    pub(super) subject: &'a [u8],
+    pub(crate) algorithm: &'a [u8],
+    pub(crate) signature: &'a [u8],
+    pub(crate) is_version_1: bool,
+    pub(crate) issuer: &'a [u8],
+    pub(crate) subject: &'a [u8],
     validity: &'a [u8],
     /// The key with its algorithm, with its header.
-    pub(super) key: &'a [u8],
+    pub(crate) key: &'a [u8],
     extensions: Option<&'a [u8]>,
 }
 
@@ -56,7 +54,7 @@ fn expect<'a>(input: &mut &'a [u8], tag: u8) -> Option<&'a [u8]> {
 }
 
 impl<'a> Certificate<'a> {
-    pub(super) fn parse(der: &'a [u8]) -> Option<Self> {
+    pub(crate) fn parse(der: &'a [u8]) -> Option<Self> {
         let mut outer = expect(&mut { der }, SEQUENCE)?;
         let (_, mut body, signed) = element(&mut outer)?;
         let algorithm = expect(&mut outer, SEQUENCE)?;
@@ -81,7 +79,7 @@ impl<'a> Certificate<'a> {
     }
 
     /// The key's algorithm and bits.
-    pub(super) fn key_parts(&self) -> Option<(&'a [u8], &'a [u8])> {
+    pub(crate) fn key_parts(&self) -> Option<(&'a [u8], &'a [u8])> {
         let mut key = expect(&mut { self.key }, SEQUENCE)?;
         let algorithm = expect(&mut key, SEQUENCE)?;
         let (_, bits) = expect(&mut key, BIT_STRING)?.split_first()?;
@@ -90,7 +88,7 @@ impl<'a> Certificate<'a> {
 
     /// `tls-server-end-point` (RFC 5929): the certificate's hash, by the hash of its own signature, but never MD5 or SHA-1.
     /// `None` where the signature has no hash of its own, such as Ed25519: Postgres cannot bind to those either.
-    pub(super) fn end_point(&self, der: &[u8]) -> Option<Vec<u8>> {
+    pub(crate) fn end_point(&self, der: &[u8]) -> Option<Vec<u8>> {
         match hash(self.algorithm)? {
             Hash::Sha256 => Some(Sha256::digest(der).to_vec()),
             Hash::Sha384 => Some(Sha384::digest(der).to_vec()),
@@ -99,7 +97,7 @@ impl<'a> Certificate<'a> {
     }
 
     /// Whether `seconds` since 1970 lie between its two dates.
-    pub(super) fn is_valid_at(&self, seconds: u64) -> bool {
+    pub(crate) fn is_valid_at(&self, seconds: u64) -> bool {
         let dates = || {
             let mut validity = self.validity;
             Some((date(&mut validity)?, date(&mut validity)?))
@@ -108,37 +106,19 @@ impl<'a> Certificate<'a> {
     }
 
     /// Whether basicConstraints calls it a certification authority; so is every one of version 1, which cannot say.
-    pub(super) fn is_authority(&self) -> bool {
+    pub(crate) fn is_authority(&self) -> bool {
         const BASIC_CONSTRAINTS: &[u8] = &[0x55, 0x1d, 0x13];
         let says_so = || expect(&mut expect(&mut self.extension(BASIC_CONSTRAINTS)?, SEQUENCE)?, BOOLEAN);
         self.is_version_1 || says_so().is_some_and(|value| value != [0])
     }
 
-    /// Whether it is for this name or address, as libpq sees it: a Common Name counts only where no alternative name is
-    /// of the kind asked for, and a star stands for one label at the front.
-    pub(super) fn is_for(&self, host: &str) -> bool {
-        const DNS_NAME: u8 = 0x82;
-        const IP_ADDRESS: u8 = 0x87;
-        let address: Option<IpAddr> = host.parse().ok();
-        let kind = if address.is_some() { IP_ADDRESS } else { DNS_NAME };
-        let mut has_kind = false;
-        let mut names = self.alternative_names().unwrap_or_default();
-        while let Some((tag, name, _)) = element(&mut names) {
-            has_kind |= tag == kind;
-            let fits = match (tag, address) {
-                (DNS_NAME, _) => name_fits(name, host),
-                (IP_ADDRESS, Some(IpAddr::V4(address))) => name == address.octets(),
-                (IP_ADDRESS, Some(IpAddr::V6(address))) => name == address.octets(),
-                _ => false,
-            };
-            if fits {
-                return true;
-            }
-        }
-        !has_kind && self.common_name().is_some_and(|name| name_fits(name, host))
+    /// Its alternative names: the kind's tag, and the name or the address' octets.
+    pub(super) fn alternative_names(&self) -> Vec<(u8, &'a [u8])> {
+        let mut names = self.alternative_names_as_they_stand().unwrap_or_default();
+        std::iter::from_fn(|| element(&mut names).map(|(tag, name, _)| (tag, name))).collect()
     }
 
-    fn alternative_names(&self) -> Option<&'a [u8]> {
+    fn alternative_names_as_they_stand(&self) -> Option<&'a [u8]> {
         const SUBJECT_ALT_NAME: &[u8] = &[0x55, 0x1d, 0x11];
         expect(&mut self.extension(SUBJECT_ALT_NAME)?, SEQUENCE)
     }
@@ -154,27 +134,24 @@ impl<'a> Certificate<'a> {
         None
     }
 
-    fn common_name(&self) -> Option<&'a [u8]> {
-        const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
-        let mut parts = expect(&mut { self.subject }, SEQUENCE)?;
+    /// Its Common Names, in their order.
+    pub(super) fn common_names(&self) -> Vec<&'a [u8]> {
+        let mut names = Vec::new();
+        let Some(mut parts) = expect(&mut { self.subject }, SEQUENCE) else { return names };
         while let Some(mut set) = expect(&mut parts, SET) {
-            let mut pair = expect(&mut set, SEQUENCE)?;
-            if expect(&mut pair, OBJECT_IDENTIFIER)? == COMMON_NAME {
-                return element(&mut pair).map(|(_, text, _)| text);
+            while let Some(pair) = expect(&mut set, SEQUENCE) {
+                names.extend(common_name(pair));
             }
         }
-        None
+        names
     }
 }
 
-fn name_fits(name: &[u8], host: &str) -> bool {
-    let Ok(name) = std::str::from_utf8(name) else { return false };
-    if name.contains('\0') {
-        return false;
-    }
-    let same = |one: &str, other: &str| one.eq_ignore_ascii_case(other);
-    let under_star = name.strip_prefix("*.").and_then(|parent| Some((parent, host.split_once('.')?)));
-    same(name, host) || under_star.is_some_and(|(parent, (label, rest))| !label.is_empty() && same(parent, rest))
+/// The text of an attribute that is a Common Name.
+fn common_name(mut pair: &[u8]) -> Option<&[u8]> {
+    const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
+    let is_one = expect(&mut pair, OBJECT_IDENTIFIER)? == COMMON_NAME;
+    element(&mut pair).filter(|_| is_one).map(|(_, text, _)| text)
 }
 
 enum Hash {
@@ -248,30 +225,6 @@ mod tests {
     }
 
     #[test]
-    fn names_are_compared_as_libpq_does() {
-        for (names, common_name, host, expected) in [
-            (&["db.example.com"][..], "other", "DB.example.com", true),
-            (&["db.example.com"], "other", "other", false),
-            (&["*.example.com"], "x", "db.example.com", true),
-            (&["*.example.com"], "x", "a.db.example.com", false),
-            (&["*.example.com"], "x", "example.com", false),
-            (&["*.example.com"], "x", ".example.com", false),
-            (&["127.0.0.1"], "x", "127.0.0.1", true),
-            (&["127.0.0.1"], "x", "127.0.0.2", false),
-            (&["::1"], "x", "0:0:0:0:0:0:0:1", true),
-            (&[], "db", "db", true),
-            // Only an alternative name of the same kind keeps the Common Name from counting.
-            (&["127.0.0.1"], "db", "db", true),
-            (&["db"], "127.0.0.1", "127.0.0.1", true),
-            (&["127.0.0.2"], "127.0.0.1", "127.0.0.1", false),
-        ] {
-            let der = certificate(names, common_name);
-            let found = Certificate::parse(&der).unwrap().is_for(host);
-            assert_eq!(found, expected, "{names:?}, {common_name} for {host}");
-        }
-    }
-
-    #[test]
     fn dates_are_read_to_the_second() {
         let der = certificate(&["db"], "db");
         let certificate = Certificate::parse(&der).unwrap();
@@ -301,7 +254,8 @@ mod tests {
             bent[index] = bent[index].wrapping_add(0x7f);
             for bytes in [&der[..index], &bent] {
                 if let Some(certificate) = Certificate::parse(bytes) {
-                    let _ = (certificate.is_for("db"), certificate.is_valid_at(0), certificate.end_point(bytes));
+                    let _ = (certificate.alternative_names(), certificate.common_names());
+                    let _ = (certificate.is_valid_at(0), certificate.end_point(bytes));
                     let _ = (certificate.key_parts(), certificate.is_authority());
                 }
             }

@@ -1,9 +1,9 @@
-//! Whether the server is who it says: chain and name, each only where libpq looks at it.
+//! Whether the server is who it says: chain and name, each only where it is asked for.
 //!
 //! The traps. webpki is stricter than OpenSSL: it refuses a self-signed server certificate that stands in the root file
 //! itself, and version 1, which the recipe in Postgres' manual makes; both are trusted on purpose by those who wrote them
-//! into that file. And a handshake without a look at the chain (`require`) must still prove that the server has the
-//! certificate's key.
+//! into that file. It is laxer as well: a root that has expired is as good to it as any other. And a handshake without a
+//! look at the chain must still prove that the server has the certificate's key.
 
 use std::sync::Arc;
 
@@ -11,32 +11,60 @@ use tokio_rustls::rustls;
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature_with_raw_key};
-use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
-use rustls::{CertificateError, DigitallySignedStruct, Error, SignatureScheme};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
+use rustls::{CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
 use super::certificate::Certificate;
+use super::name::Name;
 
 /// What to look at.
 #[derive(Debug)]
-pub(super) struct Verifier {
+pub(crate) struct Verifier {
     /// The chain, against these roots; `None`: not at all.
-    pub(super) chain: Option<Chain>,
-    /// The name, for `verify-full`.
-    pub(super) name: Option<String>,
-    pub(super) algorithms: WebPkiSupportedAlgorithms,
+    pub(crate) chain: Option<Chain>,
+    /// The name; `None`: whatever it is.
+    pub(crate) name: Option<Name>,
+    pub(crate) algorithms: WebPkiSupportedAlgorithms,
 }
 
 /// How chains are proven.
 #[derive(Debug)]
-pub(super) struct Chain {
-    pub(super) webpki: Arc<WebPkiServerVerifier>,
-    pub(super) roots: Vec<CertificateDer<'static>>,
+pub(crate) struct Chain {
+    webpki: Arc<WebPkiServerVerifier>,
+    roots: Vec<CertificateDer<'static>>,
     /// With revocation lists only webpki may decide.
-    pub(super) has_revocation_lists: bool,
+    has_revocation_lists: bool,
 }
 
 impl Chain {
+    /// To these roots, and, where there are revocation lists, by them.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(crate) fn new(
+        roots: Vec<CertificateDer<'static>>,
+        revocation_lists: Vec<CertificateRevocationListDer<'static>>,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, String> {
+        let now = UnixTime::now().as_secs();
+        let is_valid = |root: &&CertificateDer<'_>| Certificate::parse(root).is_none_or(|root| root.is_valid_at(now));
+        let mut store = RootCertStore::empty();
+        let (added, _) = store.add_parsable_certificates(roots.iter().filter(is_valid).cloned());
+        if added == 0 {
+            return Err("no certificate in it can be used, or all have expired".to_owned());
+        }
+        let has_revocation_lists = !revocation_lists.is_empty();
+        let mut webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(store), provider.clone());
+        if has_revocation_lists {
+            webpki = webpki.with_crls(revocation_lists).enforce_revocation_expiration();
+        }
+        let webpki = webpki.build().map_err(|error| error.to_string())?;
+        Ok(Self { webpki, roots, has_revocation_lists })
+    }
+
     fn verify(
         &self,
         der: &CertificateDer<'_>,
@@ -45,7 +73,7 @@ impl Chain {
         algorithms: &WebPkiSupportedAlgorithms,
         now: UnixTime,
     ) -> Result<(), Error> {
-        // The name comes last there, so that an error about it says that all else is well; names are compared as libpq does.
+        // The name comes last there, so that an error about it says that all else is well; names are compared elsewhere.
         let error = match self.webpki.verify_server_cert(der, intermediates, name, &[], now) {
             Ok(_) => return Ok(()),
             Err(Error::InvalidCertificate(
@@ -102,7 +130,7 @@ impl ServerCertVerifier for Verifier {
             chain.verify(leaf, intermediates, server_name, &self.algorithms, now)?;
         }
         match &self.name {
-            Some(name) if !parse(leaf)?.is_for(name) => Err(CertificateError::NotValidForName.into()),
+            Some(name) if !name.is_in(&parse(leaf)?) => Err(CertificateError::NotValidForName.into()),
             _ => Ok(ServerCertVerified::assertion()),
         }
     }
