@@ -10,3 +10,5 @@ create table {table} (
   traceparent   text,
   created_at    timestamptz not null default now()
 );
+-- The application's role writes to it, and cleans up, and needs nothing of pgoutbox:
+--   grant insert, delete on {table} to <application>;

@@ -27,6 +27,9 @@ pub enum ExitCode {
 /// Why a verb failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A verb that cannot be done so.
+    #[error("{0}")]
+    Usage(String),
     /// Settings that cannot be, all of them.
     #[error("{}", faults(.0))]
     Config(Vec<String>),
@@ -95,7 +98,7 @@ impl Error {
     /// The exit code that says it.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Error::Config(_) => ExitCode::Usage,
+            Error::Config(_) | Error::Usage(_) => ExitCode::Usage,
             Error::Postgres(error) => postgres(error),
             Error::Relay(error) => relay(error),
             Error::Row { .. } => ExitCode::Row,
@@ -112,7 +115,7 @@ fn relay(error: &relay::Error) -> ExitCode {
         relay::Error::Outbox(outbox::Error::Row { .. }) => ExitCode::Row,
         relay::Error::Outbox(_) => ExitCode::World,
         relay::Error::Sink(sink::Error::Undeliverable { .. }) => ExitCode::Row,
-        relay::Error::Sink(sink::Error::Setup { .. }) => ExitCode::World,
+        relay::Error::Sink(sink::Error::Setup(_)) => ExitCode::World,
         relay::Error::Sink(_)
         | relay::Error::GaveUp { .. }
         | relay::Error::OldTimeline { .. }

@@ -3,6 +3,7 @@
 //! The trap: a probe that is answered by the loop under test says "fine" for as long as it loops. `/readyz` says what was
 //! last heard from each peer.
 
+mod ask;
 mod clients;
 
 use std::future::Future;
@@ -16,6 +17,8 @@ use axum::middleware::map_response;
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
+
+pub use ask::ask;
 
 use crate::metrics::Metrics;
 

@@ -1,12 +1,18 @@
 //! `pgoutbox drop`: removes slot and publication, after saying what would be lost.
+//!
+//! The trap: a script whose standard input is empty, or is something else, is nobody who could have read what would be lost.
 
-use std::io::{BufRead, Write};
+use std::io::{BufRead, IsTerminal, Write};
 
 use crate::config::Config;
 use crate::error::Error;
 use crate::pg;
 use crate::pg::catalog::Control;
-use crate::pg::world::{identifier, literal};
+use crate::pg::replication::Replication;
+use crate::pg::world::{Slot, World, identifier, literal};
+
+/// So many changes are counted and no more: it is about none, some or many.
+const COUNTED_CHANGES_MAX: u32 = 10_000;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -19,18 +25,19 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
-    if let Some(slot) = &world.slot {
-        if let Some(pid) = slot.active_pid {
-            let text = format!("slot {} is in use (walsender {pid}). Remedy: stop the relay first", names.slot);
-            return Err(Error::Found(text));
-        }
-        let behind = slot.server.bytes_since(slot.confirmed);
-        println!(
-            "slot {} stands at {}: rows committed in the {behind} bytes of WAL since then will never be published",
-            names.slot, slot.confirmed
-        );
+    if let Some(pid) = world.slot.as_ref().and_then(|slot| slot.active_pid) {
+        let text = format!("slot {} is in use (walsender {pid}). Remedy: stop the relay first", names.slot);
+        return Err(Error::Found(text));
     }
-    println!("table {} stays as it is", names.qualified());
+    if world.slot.is_none() && world.publication.is_none() {
+        println!("neither slot {} nor publication {} exists: nothing to drop", names.slot, names.publication);
+        return Ok(());
+    }
+    tell(config, &control, &world).await;
+    if !arguments.yes && !std::io::stdin().is_terminal() {
+        let text = "drop: nobody can be asked, since standard input is no terminal; nothing changed. Remedy: add --yes";
+        return Err(Error::Usage(text.to_owned()));
+    }
     if !arguments.yes && !confirmed() {
         println!("nothing changed");
         return Ok(());
@@ -47,6 +54,45 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
         println!("publication {} dropped", names.publication);
     }
     Ok(())
+}
+
+/// What would be lost, and what would not.
+async fn tell(config: &Config, control: &Control, world: &World) {
+    let names = &config.names;
+    if let Some(slot) = &world.slot {
+        let behind = slot.server.bytes_since(slot.confirmed);
+        println!(
+            "slot {} stands at {}: rows committed in the {behind} bytes of WAL since then will never be published; {}",
+            names.slot,
+            slot.confirmed,
+            waiting(config, control, slot).await
+        );
+        println!(
+            "a slot that is made later begins where WAL is then: what is committed in between is not in its stream"
+        );
+    }
+    if world.publication.is_some() {
+        println!("publication {} goes with all that it publishes", names.publication);
+    }
+    println!("table {} stays as it is", names.qualified());
+}
+
+/// How many rows wait there, as far as that can be told.
+async fn waiting(config: &Config, control: &Control, slot: &Slot) -> String {
+    if slot.plugin.as_deref() != Some("pgoutput") {
+        return "they cannot be counted".to_owned();
+    }
+    let names = &config.names;
+    let counting = async {
+        let mut replication = Replication::open(control, &config.postgres).await?;
+        replication.peek(&names.slot, &names.publication, COUNTED_CHANGES_MAX).await
+    };
+    match counting.await {
+        Ok(0) => "none waits there".to_owned(),
+        Ok(count) if count >= COUNTED_CHANGES_MAX.into() => format!("at least {count} wait there"),
+        Ok(count) => format!("{count} wait there"),
+        Err(error) => format!("they cannot be counted: {error}"),
+    }
 }
 
 fn confirmed() -> bool {

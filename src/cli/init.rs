@@ -1,18 +1,28 @@
 //! `pgoutbox init`: creates what is missing, in the order that loses nothing: table, publication, slot.
+//!
+//! The trap: a printed script that only a superuser can run makes superusers of relays. So it names two roles, makes
+//! everything as the one that sets up, and says what each may do; the tests run it as they are.
 
 use std::time::Duration;
 
 use tokio::time::sleep;
 
-use crate::config::Config;
+use crate::config::{Config, SinkSettings};
 use crate::error::Error;
-use crate::pg;
+use crate::finding::{Finding, Remedy, word};
 use crate::pg::catalog::Control;
-use crate::pg::world::{identifier, literal};
+use crate::pg::refusal::{hba_name, raise};
+use crate::pg::world::{World, identifier, literal};
+use crate::pg::{self, ServerError};
+use crate::sink::rabbitmq::{Address, set_permissions};
+
+/// A slot cannot be made in a transaction that wrote, and a tool may send all of this as one.
+const SET_UP: &str =
+    "-- As pgoutbox_setup: table, publication and slot, in this order.\nset role pgoutbox_setup;\nbegin;";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Print all statements, roles and grants too, and touch nothing
+    /// Print all statements, with roles, grants, pg_hba.conf lines and RabbitMQ permissions, and touch nothing
     #[arg(long)]
     print_sql: bool,
 }
@@ -20,18 +30,16 @@ pub(super) struct Arguments {
 pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
     let sql = Sql::new(config);
     if arguments.print_sql {
-        // A slot cannot be made in a transaction that wrote, and a tool may send all of this as one.
-        for part in ["begin;", &sql.table, &sql.publication, "commit;\n", &sql.slot, &sql.roles] {
-            println!("{part}");
-        }
+        print!("{}", sql.all());
         return Ok(());
     }
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
-    create("table", &names.qualified(), world.table.is_some(), &control, &sql.table).await?;
-    create("publication", &names.publication, world.publication.is_some(), &control, &sql.publication).await?;
-    create("slot", &names.slot, world.slot.is_some(), &control, &sql.slot).await?;
+    let creation = Creation { control: &control, world: &world, config };
+    creation.create("table", &names.qualified(), world.table.is_some(), &sql.table).await?;
+    creation.create("publication", &names.publication, world.publication.is_some(), &sql.publication).await?;
+    creation.create("slot", &names.slot, world.slot.is_some(), &sql.slot).await?;
     let findings = super::check::findings(config, &control).await?;
     if findings.is_empty() {
         println!("ready: pgoutbox run");
@@ -41,32 +49,73 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     Err(Error::Found(format!("not ready yet:\n  {}", lines.join("\n  "))))
 }
 
-async fn create(kind: &str, name: &str, exists: bool, control: &Control, sql: &str) -> Result<(), Error> {
-    if exists {
-        println!("{kind} {name} is there");
-        return Ok(());
-    }
-    let creating = control.client().batch_execute(sql);
-    let mut creating = std::pin::pin!(creating);
-    let result = tokio::select! {
-        biased;
-        result = &mut creating => result,
-        () = sleep(Duration::from_secs(3)) => {
-            println!("{kind} {name}: waiting for transactions that were open before (see pg_stat_activity)");
-            creating.await
+struct Creation<'a> {
+    control: &'a Control,
+    /// Before anything was made.
+    world: &'a World,
+    config: &'a Config,
+}
+
+impl Creation<'_> {
+    async fn create(&self, kind: &str, name: &str, exists: bool, sql: &str) -> Result<(), Error> {
+        if exists {
+            println!("{kind} {name} is there");
+            return Ok(());
         }
-    };
-    result.map_err(pg::Error::from)?;
-    println!("{kind} {name} created");
-    Ok(())
+        let creating = self.control.client().batch_execute(sql);
+        let mut creating = std::pin::pin!(creating);
+        let result = tokio::select! {
+            biased;
+            result = &mut creating => result,
+            () = sleep(Duration::from_secs(3)) => {
+                println!("{kind} {name}: waiting for transactions that were open before (see pg_stat_activity)");
+                creating.await
+            }
+        };
+        match result.map_err(pg::Error::from) {
+            Ok(()) => println!("{kind} {name} created"),
+            Err(pg::Error::Server(error)) => {
+                let problem = format!("{kind} {name} cannot be made: {}", error.plain());
+                let remedy = self.remedy(kind, &error).unwrap_or_default();
+                return Err(Error::Found(Finding::new(problem, remedy).to_string()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// What lets this role make it.
+    fn remedy(&self, kind: &str, error: &ServerError) -> Option<Remedy> {
+        let names = &self.config.names;
+        let (role, schema) = (identifier(&self.world.role), identifier(&names.schema));
+        let (database, message) = (identifier(&self.world.database), error.message());
+        Some(match (error.code(), kind) {
+            ("42501", "slot") => Remedy::sql(format!("ALTER ROLE {role} REPLICATION")),
+            ("42501", _) if message.contains("database") => {
+                Remedy::sql(format!("GRANT CREATE ON DATABASE {database} TO {role}"))
+            }
+            ("42501", _) if message.contains("schema") => {
+                Remedy::sql(format!("GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}"))
+            }
+            ("42501", "publication") => {
+                let owner = self.world.table.as_ref().map(|table| identifier(&table.owner))?;
+                Remedy::sql(format!("GRANT {owner} TO {role}")).mind("Only the owner of a table can publish it")
+            }
+            ("3F000", _) => Remedy::sql(format!("CREATE SCHEMA {schema} AUTHORIZATION {role}")),
+            ("53400", _) => raise("max_replication_slots", self.world.slots_max),
+            ("55000", "slot") => self.world.server_findings().into_iter().next()?.remedy,
+            _ => return None,
+        })
+    }
 }
 
 /// The statements, from the files that people read.
 struct Sql {
+    roles: String,
     table: String,
     publication: String,
     slot: String,
-    roles: String,
+    rabbitmq: String,
 }
 
 impl Sql {
@@ -74,16 +123,39 @@ impl Sql {
         let names = &config.names;
         let fill = |text: &str| {
             text.replace("{table}", &names.qualified())
+                .replace("{schema}", &identifier(&names.schema))
                 .replace("{publication}", &identifier(&names.publication))
                 .replace("{slot_literal}", &literal(&names.slot))
                 .replace("{database}", &identifier(&config.postgres.database))
-                .replace("{database_bare}", &config.postgres.database)
+                .replace("{hba_database}", &hba_name(&config.postgres.database).replace(['\n', '\r'], " "))
         };
         Self {
+            roles: fill(include_str!("../../sql/roles.sql")),
             table: fill(include_str!("../../sql/table.sql")),
             publication: fill(include_str!("../../sql/publication.sql")),
             slot: fill(include_str!("../../sql/slot.sql")),
-            roles: fill(include_str!("../../sql/roles.sql")),
+            rabbitmq: rabbitmq(&config.sink),
         }
     }
+
+    /// Everything, in an order in which it can be pasted as a superuser, or from the second part on as the set-up role.
+    fn all(&self) -> String {
+        let set_up = [SET_UP, &self.table, &self.publication, "commit;\n", &self.slot];
+        format!("{}\n{}reset role;\n{}", self.roles, set_up.map(|part| format!("{part}\n")).concat(), self.rabbitmq)
+    }
+}
+
+/// Comments: what the user of RabbitMQ may do is not said in SQL.
+fn rabbitmq(sink: &SinkSettings) -> String {
+    let SinkSettings::RabbitMq(settings) = sink else { return String::new() };
+    let address = settings.addresses.first();
+    let user = address.map(Address::user).filter(|user| *user != "guest").unwrap_or("pgoutbox_relay");
+    let vhost = address.map_or("/", Address::vhost);
+    // A line of a comment stays one.
+    let permissions = |declare| set_permissions(vhost, user, &settings.exchange, declare).replace(['\n', '\r'], " ");
+    let text = include_str!("../../sql/rabbitmq.txt")
+        .replace("{user}", &word(user).replace(['\n', '\r'], " "))
+        .replace("{permissions}", &permissions(true))
+        .replace("{permissions_undeclared}", &permissions(false));
+    format!("\n{text}")
 }

@@ -17,7 +17,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, Needs, Sources};
 use crate::error::{Error, ExitCode};
-use crate::relay::explain;
+use crate::finding::explain;
 
 /// The transactional outbox for Postgres, straight from the write-ahead log to RabbitMQ.
 #[derive(Debug, Parser)]
@@ -67,10 +67,10 @@ enum Verb {
     Check(check::Arguments),
     /// Run the relay
     Run(run::Arguments),
-    /// Show slot, lag and who holds it
+    /// Show slot, lag, who holds it, and how the relay is
     Status(status::Arguments),
     /// Print messages as they commit, through a temporary slot
-    Tail,
+    Tail(tail::Arguments),
     /// Watch it work: throw-away Postgres and RabbitMQ, services on both sides, a broker that goes away
     Demo(demo::Arguments),
     /// Remove slot and publication
@@ -120,7 +120,7 @@ async fn dispatch(arguments: &Arguments) -> Result<(), Error> {
         Verb::Check(arguments) => check::run(arguments, &load(common, &[], Needs::Both)?).await,
         Verb::Run(arguments) => run::run(arguments, load(common, &arguments.flags(), Needs::Both)?).await,
         Verb::Status(arguments) => status::run(arguments, &load(common, &[], Needs::Postgres)?).await,
-        Verb::Tail => tail::run(&load(common, &[], Needs::Postgres)?).await,
+        Verb::Tail(arguments) => tail::run(arguments, &load(common, &[], Needs::Postgres)?).await,
         Verb::Demo(arguments) => demo::run(arguments).await,
         Verb::Drop(arguments) => drop::run(arguments, &load(common, &[], Needs::Postgres)?).await,
     }
@@ -138,7 +138,7 @@ fn load(common: &Common, flags: &[(String, String)], needs: Needs) -> Result<Con
 
 fn report(error: &Error) -> ExitCode {
     let code = error.exit_code();
-    if matches!(error, Error::Config(_) | Error::Found(_) | Error::Servers(_) | Error::Demo(_)) {
+    if matches!(error, Error::Config(_) | Error::Usage(_) | Error::Found(_) | Error::Servers(_) | Error::Demo(_)) {
         eprintln!("pgoutbox: {error}");
     } else {
         // The code first: a remedy at the end of the line can be pasted.

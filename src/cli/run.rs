@@ -66,11 +66,8 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     let metrics = Arc::new(Metrics::new());
     let stop = stop_on_signal()?;
     serve(&config, &metrics, stop.clone()).await?;
-    let Some(sink) = config.sink else {
-        return Err(Error::Config(vec!["sink: none is configured".to_owned()]));
-    };
-    warn(&sink);
-    let broker = Configured { sink, metrics: metrics.clone() };
+    warn(&config.sink);
+    let broker = Configured { sink: config.sink, metrics: metrics.clone() };
     let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
         settings: config.postgres,
@@ -85,7 +82,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
 }
 
 /// Says once what is unsafe on the way to the broker.
-pub(super) fn warn(sink: &SinkSettings) {
+fn warn(sink: &SinkSettings) {
     if let SinkSettings::RabbitMq(settings) = sink {
         settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
     }

@@ -1,41 +1,232 @@
-//! `pgoutbox status`: where the slot stands, by the server.
+//! `pgoutbox status`: where the slot stands by the server, who holds it, whether all is set up, and how the relay is.
+//!
+//! The trap: a relay that answers "ready" and a slot that does not move are two truths. Both are told, side by side.
+
+use std::io::{IsTerminal, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde_json::{Value as Json, json};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::pg::catalog::Control;
+use crate::finding::{Finding, Remedy, explain};
+use crate::http::ask;
+use crate::pg::catalog::{Control, Holder};
+use crate::pg::world::Slot;
+
+/// A relay on this machine answers at once.
+const RELAY_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// As JSON
+    /// As JSON; with --watch one line each time
     #[arg(long)]
     json: bool,
+    /// Again and again, every so many seconds
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    watch: Option<u64>,
+}
+
+/// Everything at one moment.
+struct Status {
+    name: String,
+    slot: Slot,
+    holder: Option<Holder>,
+    publication: String,
+    problems: Vec<Finding>,
+    relay: Relay,
+}
+
+/// What the relay's own probe says.
+enum Relay {
+    /// `http.listen` is empty.
+    Off,
+    Silent(SocketAddr, String),
+    Answers(SocketAddr, Vec<String>),
 }
 
 pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
-    let control = Control::open(&config.postgres).await?;
-    let name = &config.names.slot;
-    let Some(slot) = control.slot(name).await? else {
-        return Err(Error::Found(format!("replication slot {name} does not exist. Remedy: run `pgoutbox init`")));
-    };
-    let lag_bytes = slot.server.bytes_since(slot.confirmed);
-    let status = serde_json::json!({
-        "slot": name,
-        "confirmed_lsn": slot.confirmed.to_string(),
-        "server_lsn": slot.server.to_string(),
-        "lag_bytes": lag_bytes,
-        // The server forgets the time once there is no lag.
-        "lag_seconds": slot.lag_seconds.or((lag_bytes == 0).then_some(0.0)),
-        "retained_bytes": slot.server.bytes_since(slot.restart),
-        "safe_bytes": slot.safe_bytes,
-        "wal_status": slot.wal_status,
-        "held_by_pid": slot.active_pid,
-    });
-    if arguments.json {
-        println!("{status:#}");
+    let Some(seconds) = arguments.watch else {
+        let status = look(config).await?;
+        write_out(&if arguments.json { format!("{:#}\n", status.json()) } else { status.text() })?;
         return Ok(());
+    };
+    loop {
+        let status = look(config).await;
+        if std::io::stdout().is_terminal() && !arguments.json {
+            // Home, and clear what was there.
+            print!("\x1b[H\x1b[2J");
+        }
+        let is_read = match status {
+            Ok(status) if arguments.json => write_out(&format!("{}\n", status.json()))?,
+            Ok(status) => write_out(&format!("{}\n", status.text()))?,
+            // It may come back: that is what one watches for.
+            Err(error) => {
+                eprintln!("pgoutbox: {}", explain(&error));
+                true
+            }
+        };
+        if !is_read {
+            return Ok(());
+        }
+        sleep(Duration::from_secs(seconds)).await;
     }
-    for (name, value) in status.as_object().into_iter().flatten() {
-        println!("{name:15} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+}
+
+async fn look(config: &Config) -> Result<Status, Error> {
+    let names = &config.names;
+    let control = Control::open(&config.postgres).await?;
+    let problems = super::check::findings(config, &control).await?;
+    let Some(slot) = control.slot(&names.slot).await? else {
+        let problem = format!("replication slot {} does not exist", names.slot);
+        return Err(Error::Found(Finding::new(problem, Remedy::shell("pgoutbox init")).to_string()));
+    };
+    let holder = match slot.active_pid {
+        Some(pid) => control.holder(pid).await?,
+        None => None,
+    };
+    let relay = match config.http {
+        None => Relay::Off,
+        Some(address) => ask_relay(address).await,
+    };
+    Ok(Status { name: names.slot.clone(), slot, holder, publication: names.publication.clone(), problems, relay })
+}
+
+async fn ask_relay(listen: SocketAddr) -> Relay {
+    let host = match listen.ip() {
+        // All addresses are none to connect to.
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    let address = SocketAddr::new(host, listen.port());
+    let asking = async {
+        let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
+        ask(stream, &address.to_string(), "/readyz", None).await
+    };
+    let (_, body) = match timeout(RELAY_TIMEOUT, asking).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(problem)) => return Relay::Silent(address, problem),
+        Err(_) => return Relay::Silent(address, "no answer".to_owned()),
+    };
+    let reasons = serde_json::from_slice::<Json>(&body).ok();
+    match reasons.as_ref().and_then(|json| json.get("reasons")).and_then(Json::as_array) {
+        Some(reasons) => {
+            let texts = reasons.iter().filter_map(|reason| reason.as_str().map(str::to_owned));
+            Relay::Answers(address, texts.collect())
+        }
+        None => Relay::Silent(address, "what answers there is no relay".to_owned()),
     }
-    Ok(())
+}
+
+impl Status {
+    fn lag_bytes(&self) -> u64 {
+        self.slot.server.bytes_since(self.slot.confirmed)
+    }
+
+    /// The server forgets the time once there is no lag.
+    fn lag_seconds(&self) -> Option<f64> {
+        self.slot.lag_seconds.or((self.lag_bytes() == 0).then_some(0.0))
+    }
+
+    fn json(&self) -> Json {
+        let slot = &self.slot;
+        let holder = |holder: &Holder| {
+            let Holder { pid, application, address, state } = holder;
+            json!({ "pid": pid, "application": application, "address": address, "state": state })
+        };
+        let relay = match &self.relay {
+            Relay::Off => Json::Null,
+            Relay::Silent(address, problem) => json!({ "address": address, "answers": false, "problem": problem }),
+            Relay::Answers(address, reasons) => {
+                json!({ "address": address, "answers": true, "ready": reasons.is_empty(), "reasons": reasons })
+            }
+        };
+        json!({
+            "slot": self.name,
+            "confirmed_lsn": slot.confirmed.to_string(),
+            "server_lsn": slot.server.to_string(),
+            "lag_bytes": self.lag_bytes(),
+            "lag_seconds": self.lag_seconds(),
+            "retained_bytes": slot.server.bytes_since(slot.restart),
+            "safe_bytes": slot.safe_bytes,
+            "wal_status": slot.wal_status,
+            "invalidation_reason": slot.invalidation_reason,
+            "failover": slot.failover,
+            "held_by_pid": slot.active_pid,
+            "held_by": self.holder.as_ref().map(holder),
+            "publication": self.publication,
+            "problems": self.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "relay": relay,
+        })
+    }
+
+    fn text(&self) -> String {
+        let slot = &self.slot;
+        let seconds = self.lag_seconds().map_or_else(|| "unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
+        let safe = slot.safe_bytes.map_or_else(
+            || "no limit".to_owned(),
+            |bytes| size(u64::try_from(bytes).unwrap_or(0)) + " more WAL until the slot is in danger",
+        );
+        let status = slot.wal_status.as_deref().unwrap_or("unknown");
+        let status =
+            slot.invalidation_reason.as_ref().map_or(status.to_owned(), |reason| format!("{status}: {reason}"));
+        let mut lines = vec![
+            ("slot", format!("{} at {}", self.name, slot.confirmed)),
+            ("server", slot.server.to_string()),
+            ("lag", format!("{}, {seconds}", size(self.lag_bytes()))),
+            ("retained", size(slot.server.bytes_since(slot.restart))),
+            ("safe", safe),
+            ("wal_status", status),
+            ("held by", self.holder()),
+            ("publication", self.publication.clone()),
+        ];
+        let sound = || vec!["none".to_owned()];
+        let problems: Vec<String> = self.problems.iter().map(ToString::to_string).collect();
+        let problems = if problems.is_empty() { sound() } else { problems };
+        lines.extend(problems.into_iter().map(|problem| ("problems", problem)));
+        lines.push(("relay", self.relay()));
+        lines.iter().map(|(name, value)| format!("{name:12} {value}\n")).collect()
+    }
+
+    fn holder(&self) -> String {
+        let Some(pid) = self.slot.active_pid else { return "nobody".to_owned() };
+        let told = |text: &Option<String>, word: &str| text.as_ref().map(|text| format!("{word}{text}"));
+        let holder = self.holder.as_ref();
+        let parts = [
+            holder.and_then(|holder| told(&holder.application, ", ")),
+            holder.and_then(|holder| told(&holder.address, " from ")),
+            holder.and_then(|holder| told(&holder.state, ", ")),
+        ];
+        format!("walsender {pid}{}", parts.into_iter().flatten().collect::<String>())
+    }
+
+    fn relay(&self) -> String {
+        match &self.relay {
+            Relay::Off => "http.listen is empty: it cannot be asked".to_owned(),
+            Relay::Silent(address, problem) => format!("{address}: {problem}"),
+            Relay::Answers(address, reasons) if reasons.is_empty() => format!("{address}: ready"),
+            Relay::Answers(address, reasons) => format!("{address}: not ready: {}", reasons.join("; ")),
+        }
+    }
+}
+
+/// For people, and exactly.
+fn size(bytes: u64) -> String {
+    if bytes < 1024 { format!("{bytes} bytes") } else { format!("{} ({bytes} bytes)", ByteSize(bytes)) }
+}
+
+/// `false`: nobody reads any more, which is how `pgoutbox status --watch | head` ends.
+fn write_out(text: &str) -> Result<bool, Error> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(source) => Err(Error::System { doing: "cannot print".to_owned(), source }),
+    }
 }

@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Stdout};
 use tokio::time::interval;
 
 use crate::config::Config;
 use crate::error::Error;
 use crate::lsn::Lsn;
-use crate::outbox::{Assembler, Item, Tables};
+use crate::outbox::{Assembler, HeaderValue, Item, Message, Tables};
 use crate::pg::catalog::Control;
 use crate::pg::replication::{Event, Replication, Status};
 use crate::relay;
@@ -18,12 +18,40 @@ use crate::sink::stdout::line;
 /// Well below the smallest sensible `wal_sender_timeout`.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
-pub(super) async fn run(config: &Config) -> Result<(), Error> {
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Only rows of this type; may be repeated
+    #[arg(long = "type", value_name = "TYPE")]
+    kinds: Vec<String>,
+    /// Only rows of this aggregate: its type, or its type and id as in order:42; may be repeated
+    #[arg(long = "aggregate", value_name = "TYPE[:ID]")]
+    aggregates: Vec<String>,
+}
+
+impl Arguments {
+    /// Whether the row is asked for.
+    fn wants(&self, message: &Message) -> bool {
+        let header = |name: &str| {
+            let value = message.headers.iter().find(|(header, _)| &**header == name).map(|(_, value)| value);
+            if let Some(HeaderValue::Text(text)) = value { text.to_string() } else { String::new() }
+        };
+        let is_kind = self.kinds.is_empty() || self.kinds.iter().any(|kind| **kind == *message.kind);
+        if !is_kind || self.aggregates.is_empty() {
+            return is_kind;
+        }
+        let kind = header("aggregatetype");
+        let one = format!("{kind}:{}", header("aggregateid"));
+        self.aggregates.iter().any(|wanted| *wanted == kind || *wanted == one)
+    }
+}
+
+pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
     // A slot of its own: the relay's may be missing or in use.
-    let findings = [world.server_findings(), world.table_findings(names)].concat();
+    let outbox = [world.table_findings(names), world.publication_findings(names)].concat();
+    let findings = [world.server_findings(), outbox].concat();
     if !findings.is_empty() {
         return Err(crate::pg::Error::World(findings).into());
     }
@@ -55,21 +83,52 @@ pub(super) async fn run(config: &Config) -> Result<(), Error> {
         };
         match item {
             Some(Item::Checkpoint(lsn)) => position = lsn,
-            Some(Item::Message(_, message)) => {
-                let mut text = Vec::new();
-                line(&message, &mut text);
-                let written = async {
-                    out.write_all(&text).await?;
-                    out.flush().await
-                };
-                match written.await {
-                    Ok(()) => {}
-                    // `pgoutbox tail | head` ends so.
-                    Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-                    Err(source) => return Err(Error::System { doing: "cannot print".to_owned(), source }),
+            Some(Item::Message(_, message)) if arguments.wants(&message) => {
+                if !print(&message, &mut out).await? {
+                    return Ok(());
                 }
             }
-            None => {}
+            Some(Item::Message(..)) | None => {}
         }
+    }
+}
+
+/// `false`: nobody reads any more, which is how `pgoutbox tail | head` ends.
+async fn print(message: &Message, out: &mut Stdout) -> Result<bool, Error> {
+    let mut text = Vec::new();
+    line(message, &mut text);
+    let written = async {
+        out.write_all(&text).await?;
+        out.flush().await
+    };
+    match written.await {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(source) => Err(Error::System { doing: "cannot print".to_owned(), source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_picked_by_type_and_aggregate() {
+        let message = Message {
+            id: "1".into(),
+            destination: "order.placed".into(),
+            kind: "placed".into(),
+            content_type: "text/plain",
+            committed_at: 0,
+            headers: vec![("aggregatetype".into(), "order".into()), ("aggregateid".into(), "42:a".into())],
+            body: bytes::Bytes::new(),
+        };
+        let picked = |kinds: &[&str], aggregates: &[&str]| {
+            let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+            Arguments { kinds: owned(kinds), aggregates: owned(aggregates) }.wants(&message)
+        };
+        assert!(picked(&[], &[]) && picked(&["paid", "placed"], &[]) && picked(&[], &["user", "order"]));
+        assert!(picked(&["placed"], &["order:42:a"]));
+        assert!(!picked(&["paid"], &["order"]) && !picked(&["placed"], &["order:42"]) && !picked(&[], &["42:a"]));
     }
 }

@@ -104,8 +104,8 @@ pub struct Config {
     pub names: Names,
     /// How rows become messages.
     pub mapping: Mapping,
-    /// Where they go; none when the verb needs no broker and none is named.
-    pub sink: Option<SinkSettings>,
+    /// Where they go; without an address when the verb needs no broker and none is named.
+    pub sink: SinkSettings,
     /// The relay's limits.
     pub relay: relay::Settings,
     /// Where to listen.
@@ -204,9 +204,9 @@ impl Raw<'_> {
         }
     }
 
-    fn sink(&mut self, needs: Needs) -> Option<SinkSettings> {
+    fn sink(&mut self, needs: Needs) -> SinkSettings {
         match self.text("sink").as_str() {
-            "stdout" => return Some(SinkSettings::Stdout),
+            "stdout" => return SinkSettings::Stdout,
             "rabbitmq" => {}
             _ => self.fault("sink: `rabbitmq` or `stdout` is needed".to_owned()),
         }
@@ -217,17 +217,15 @@ impl Raw<'_> {
         // 0: only the broker's version tells.
         let message_bytes_max = self
             .parsed("rabbitmq.message_bytes_max", 0, |text| if text.is_empty() { Ok(0) } else { bytes(text, 1 << 29) });
-        let Some(url) = self.optional("rabbitmq.url") else {
-            if needs == Needs::Both {
-                self.fault(
-                    "rabbitmq.url: none is set; set it, or AMQP_URL, or `sink = \"stdout\"` to try without a broker"
-                        .to_owned(),
-                );
-            }
-            return None;
-        };
-        let addresses = self.addresses(&url);
-        Some(SinkSettings::RabbitMq(rabbitmq::Settings { addresses, exchange, declare, message_bytes_max }))
+        let url = self.optional("rabbitmq.url");
+        if url.is_none() && needs == Needs::Both {
+            self.fault(
+                "rabbitmq.url: none is set; set it, or AMQP_URL, or `sink = \"stdout\"` to try without a broker"
+                    .to_owned(),
+            );
+        }
+        let addresses = url.map(|url| self.addresses(&url)).unwrap_or_default();
+        SinkSettings::RabbitMq(rabbitmq::Settings { addresses, exchange, declare, message_bytes_max })
     }
 
     fn addresses(&mut self, urls: &str) -> Vec<rabbitmq::Address> {
@@ -324,7 +322,7 @@ mod tests {
         assert_eq!((config.names.slot.as_str(), config.names.publication.as_str()), ("pgoutbox", "pgoutbox"));
         assert_eq!(config.names.qualified(), "public.outbox");
         assert_eq!(config.http, Some("127.0.0.1:9190".parse().unwrap()));
-        let Some(SinkSettings::RabbitMq(rabbitmq)) = config.sink else { panic!("not rabbitmq") };
+        let SinkSettings::RabbitMq(rabbitmq) = config.sink else { panic!("not rabbitmq") };
         assert_eq!((rabbitmq.exchange.as_str(), rabbitmq.declare), ("outbox", true));
         assert_eq!(config.relay.give_up_after, None);
     }
@@ -337,7 +335,7 @@ mod tests {
         let config = load(&env, Some(file.path()), &[("postgres.slot", "of_flag")]).unwrap();
         assert_eq!(config.names.slot, "of_flag");
         assert_eq!(config.relay.window_messages, 7);
-        let Some(SinkSettings::RabbitMq(rabbitmq)) = config.sink else { panic!("not rabbitmq") };
+        let SinkSettings::RabbitMq(rabbitmq) = config.sink else { panic!("not rabbitmq") };
         assert_eq!(rabbitmq.exchange, "of_env");
     }
 
@@ -375,7 +373,7 @@ mod tests {
         let path = secret.path().to_str().unwrap();
         for name in ["PGOUTBOX__RABBITMQ__URL_FILE", "AMQP_URL_FILE"] {
             let config = load(&[URLS[0], (name, path)], None, &[]).unwrap();
-            let Some(SinkSettings::RabbitMq(rabbitmq)) = &config.sink else { panic!("not rabbitmq") };
+            let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
             assert_eq!(rabbitmq.addresses[0].password, "s3cret");
             assert!(config.printed().contains("rabbitmq.url = \"***\""), "{}", config.printed());
             assert!(!format!("{config:?}{}", config.printed()).contains("s3cret"));
@@ -387,7 +385,7 @@ mod tests {
     fn variables_are_filled_into_the_file() {
         let file = file("[rabbitmq]\nurl = \"amqp://user:${SECRET}@h\"\n");
         let config = load(&[URLS[0], ("SECRET", "s3cret")], Some(file.path()), &[]).unwrap();
-        let Some(SinkSettings::RabbitMq(rabbitmq)) = &config.sink else { panic!("not rabbitmq") };
+        let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
         assert_eq!(rabbitmq.addresses[0].password, "s3cret");
         let faults = load(&[URLS[0]], Some(file.path()), &[]).unwrap_err();
         assert!(faults[0].contains("SECRET is not set"), "{faults:?}");

@@ -6,9 +6,11 @@
 use bytes::Bytes;
 use bytestring::ByteString;
 
+use super::columns::{AGGREGATEID, AGGREGATETYPE, HEADERS, ID, KIND, PAYLOAD, Search, TRACEPARENT, TRACESTATE};
 use super::message::{HeaderValue, Message};
-use super::template::{Piece, Template};
+use super::template::Template;
 use super::{Error, Position, headers};
+use crate::finding::Remedy;
 use crate::lsn::Lsn;
 use crate::pg::pgoutput::{Column, Value};
 
@@ -17,16 +19,6 @@ const SHORT_BYTES_MAX: usize = 255;
 
 /// Microseconds from 1970 to 2000, Postgres' epoch.
 const EPOCH_MICROSECONDS: i64 = 946_684_800_000_000;
-
-/// OIDs of the built-in types that matter here (`pg_type.dat`).
-mod oid {
-    pub(super) const BYTEA: u32 = 17;
-    pub(super) const TEXT: u32 = 25;
-    pub(super) const JSON: u32 = 114;
-    pub(super) const BPCHAR: u32 = 1042;
-    pub(super) const VARCHAR: u32 = 1043;
-    pub(super) const JSONB: u32 = 3802;
-}
 
 /// What the columns are called, where they are not called as usual.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,14 +69,14 @@ pub struct Layout {
 
 /// A part of the routing key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Part {
+pub(super) enum Part {
     Text(String),
     Column(usize, String),
 }
 
 /// What kind of bytes a payload is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Payload {
+pub(super) enum Payload {
     Json,
     Text,
     Bytes,
@@ -96,88 +88,52 @@ impl Mapping {
     /// # Errors
     /// `Columns`, naming all that is wrong at once.
     pub fn layout(&self, columns: &[Column]) -> Result<Layout, Error> {
-        let find = |name: &str| columns.iter().position(|column| column.name == name);
-        let mut problems = Vec::new();
-        let mut required = |chosen: &Option<String>, usual: &[&str]| {
-            let names: Vec<&str> = chosen.as_deref().map_or_else(|| usual.to_vec(), |name| vec![name]);
-            names.iter().find_map(|name| find(name)).unwrap_or_else(|| {
-                problems.push(format!("column {} is missing", names.join(" or ")));
-                0
-            })
-        };
-        let id = required(&self.columns.id, &["id"]);
-        let aggregatetype = required(&self.columns.aggregatetype, &["aggregatetype", "aggregate_type"]);
-        let aggregateid = required(&self.columns.aggregateid, &["aggregateid", "aggregate_id"]);
-        let kind = required(&self.columns.kind, &["type", "event_type"]);
-        let payload = required(&self.columns.payload, &["payload"]);
-        let mut optional = |chosen: &Option<String>, usual: &str| match chosen {
-            // A name that the operator chose must be there; a usual one may be.
-            Some(_) => Some(required(chosen, &[])),
-            None => find(usual),
-        };
-        let headers = optional(&self.columns.headers, "headers");
-        let traceparent = optional(&self.columns.traceparent, "traceparent");
-        let tracestate = optional(&self.columns.tracestate, "tracestate");
+        let mut search = Search { mapping: self, columns, problems: Vec::new(), remedy: Remedy::default() };
+        let id = search.required(&ID, &self.columns.id);
+        let aggregatetype = search.required(&AGGREGATETYPE, &self.columns.aggregatetype);
+        let aggregateid = search.required(&AGGREGATEID, &self.columns.aggregateid);
+        let kind = search.required(&KIND, &self.columns.kind);
+        let payload = search.required(&PAYLOAD, &self.columns.payload);
+        let headers = search.optional(&HEADERS, &self.columns.headers);
+        let traceparent = search.optional(&TRACEPARENT, &self.columns.traceparent);
+        let tracestate = search.optional(&TRACESTATE, &self.columns.tracestate);
         let role = |name: &str| match name {
-            "id" => Some(id),
-            "aggregatetype" => Some(aggregatetype),
-            "aggregateid" => Some(aggregateid),
-            "type" => Some(kind),
+            "id" => id,
+            "aggregatetype" => aggregatetype,
+            "aggregateid" => aggregateid,
+            "type" => kind,
             _ => None,
         };
-        let mut destination = Vec::new();
-        for piece in self.destination.pieces() {
-            match piece {
-                Piece::Text(text) => destination.push(Part::Text(text.clone())),
-                Piece::Column(name) => match find(name).or_else(|| role(name)) {
-                    Some(index) => destination.push(Part::Column(index, name.clone())),
-                    None => problems.push(format!("column {name} of rabbitmq.routing_key is missing")),
-                },
+        let destination = search.destination(role);
+        let payload_type = payload.and_then(|index| search.payload_type(index));
+        match (id, aggregatetype, aggregateid, kind, payload, payload_type) {
+            (Some(id), Some(aggregatetype), Some(aggregateid), Some(kind), Some(payload), Some(payload_type))
+                if search.problems.is_empty() =>
+            {
+                Ok(Layout {
+                    id,
+                    aggregatetype,
+                    aggregateid,
+                    kind,
+                    payload,
+                    payload_type,
+                    headers,
+                    traceparent,
+                    tracestate,
+                    destination,
+                })
             }
-        }
-        let payload_type = self.payload_type(columns.get(payload), &mut problems);
-        if problems.is_empty() {
-            let layout = Layout {
-                id,
-                aggregatetype,
-                aggregateid,
-                kind,
-                payload,
-                payload_type,
-                headers,
-                traceparent,
-                tracestate,
-                destination,
-            };
-            return Ok(layout);
-        }
-        Err(Error::Columns {
-            table: self.table.clone(),
-            problem: problems.join(", "),
-            remedy: "name the columns in outbox.columns.*, or add what is missing with ALTER TABLE".to_owned(),
-        })
-    }
-
-    fn payload_type(&self, column: Option<&Column>, problems: &mut Vec<String>) -> Payload {
-        match column.map(|column| column.type_id) {
-            Some(oid::JSON | oid::JSONB) => Payload::Json,
-            Some(oid::BYTEA) => Payload::Bytes,
-            Some(oid::TEXT | oid::VARCHAR | oid::BPCHAR) => Payload::Text,
-            _ => {
-                // A column that is missing was said already; this one is there and of a type we cannot promise bytes for.
-                if let Some(column) = column.filter(|column| column.name != "id") {
-                    problems.push(format!(
-                        "column {} must be json, jsonb, text or bytea (its type's OID is {})",
-                        column.name, column.type_id
-                    ));
-                }
-                Payload::Text
-            }
+            _ => Err(Error::Columns(search.finding())),
         }
     }
 }
 
 impl Layout {
+    /// Where the payload stands.
+    pub fn payload(&self) -> usize {
+        self.payload
+    }
+
     /// Makes the message of a transaction's row of that number.
     ///
     /// # Errors

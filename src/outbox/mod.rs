@@ -1,8 +1,9 @@
 //! What the bytes mean: pgoutput messages become outbox messages and checkpoints. Pure: no socket, no clock.
 //!
-//! Reading order: `message`, `mapping` with `template` and `headers`, `assembler`.
+//! Reading order: `message`, `mapping` with `columns`, `template` and `headers`, `assembler`.
 
 pub mod assembler;
+mod columns;
 pub mod headers;
 pub mod mapping;
 pub mod message;
@@ -15,6 +16,7 @@ pub use mapping::{ColumnNames, Mapping};
 pub use message::{HeaderValue, Message};
 pub use template::Template;
 
+use crate::finding::Finding;
 use crate::lsn::Lsn;
 use crate::pg::pgoutput;
 use crate::retry::Retry;
@@ -82,15 +84,8 @@ pub enum Error {
         name: String,
     },
     /// The table's columns do not make an outbox.
-    #[error("table {table}: {problem}. Remedy: {remedy}")]
-    Columns {
-        /// The table.
-        table: String,
-        /// What is wrong.
-        problem: String,
-        /// What to do about it.
-        remedy: String,
-    },
+    #[error("{0}")]
+    Columns(Finding),
     /// A row that no broker could take as it is.
     #[error("{position} (id {id}) cannot be delivered: {problem}")]
     Row {
@@ -108,7 +103,7 @@ impl Error {
     pub fn retry(&self) -> Retry {
         match self {
             Error::Decode(_) | Error::Order(_) => Retry::Later,
-            Error::UnknownTable { .. } | Error::Recreated { .. } | Error::Columns { .. } | Error::Row { .. } => {
+            Error::UnknownTable { .. } | Error::Recreated { .. } | Error::Columns(_) | Error::Row { .. } => {
                 Retry::Never
             }
         }

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, NoTls, Row};
 
+use super::advice::{Circumstances, SETTINGS, Setting};
 use super::dial::Place;
 use super::error::Error;
 use super::handover::Handover;
@@ -28,6 +29,25 @@ const VERSION_WITH_FILTERS: i32 = 150_000;
 /// address there may be several servers.
 pub(super) const SERVER: &str = "select s.system_identifier || ' started ' || \
     extract(epoch from pg_catalog.pg_postmaster_start_time()) from pg_catalog.pg_control_system() s";
+
+/// A walsender's client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Of the walsender.
+    pub pid: i32,
+    /// What it calls itself.
+    pub application: Option<String>,
+    /// Where it comes from; none by a Unix socket.
+    pub address: Option<String>,
+    /// `streaming`, `catchup` and others.
+    pub state: Option<String>,
+}
+
+/// Takes off what a role or a database may have been given for the sake of careless clients. Ours is idle for seconds between
+/// two looks, and a walsender's transaction is as long as one of the outbox. By SQL and not at the login: a server that does
+/// not know a parameter there refuses.
+pub(super) const UNLIMITED: &str = "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings \
+    where name in ('idle_session_timeout', 'transaction_timeout')";
 
 /// An SQL connection, and word of its end.
 #[derive(Debug)]
@@ -57,7 +77,9 @@ impl Control {
         let handing = config.connect_raw(Handover::new(connection), NoTls);
         let late = |_| Error::Timeout { during: "connecting", after: settings.connect_timeout };
         let (client, connection) = timeout(settings.connect_timeout, handing).await.map_err(late)??;
-        Ok(Self { client, ended: tokio::spawn(connection), place })
+        let control = Self { client, ended: tokio::spawn(connection), place };
+        control.all(UNLIMITED, &[]).await?;
+        Ok(control)
     }
 
     /// The place that answered: the stream must come from the same one.
@@ -98,7 +120,11 @@ impl Control {
                 "select current_setting('server_version_num')::int, pg_catalog.pg_is_in_recovery(), \
                  current_setting('wal_level'), current_database()::text, current_user::text, \
                  coalesce((select rolreplication or rolsuper from pg_catalog.pg_roles where rolname = current_user), \
-                 false)",
+                 false) \
+                 or exists (select from pg_catalog.pg_roles where rolname = 'rds_replication' \
+                 and pg_catalog.pg_has_role(current_user, oid, 'usage')), \
+                 current_setting('max_replication_slots')::int, \
+                 (select count(*)::int from pg_catalog.pg_replication_slots)",
                 &[],
             )
             .await?;
@@ -110,6 +136,8 @@ impl Control {
             database: server.try_get(3)?,
             role: server.try_get(4)?,
             may_replicate: server.try_get(5)?,
+            slots_max: count(&server, 6)?,
+            slots_used: count(&server, 7)?,
             slot: self.slot(&names.slot).await?,
             // Before the publication: a partition that is made between the two is in it, and not a hole.
             table: self.table(&names.schema, &names.table).await?,
@@ -129,21 +157,61 @@ impl Control {
                  (case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_replay_lsn() \
                   else pg_catalog.pg_current_wal_flush_lsn() end)::text, \
                  (select extract(epoch from flush_lag)::float8 from pg_catalog.pg_stat_replication \
-                  where pid = active_pid) \
-                 from pg_catalog.pg_replication_slots where slot_name = $1",
+                  where pid = active_pid), \
+                 pg_catalog.to_jsonb(s) ->> 'invalidation_reason', (pg_catalog.to_jsonb(s) ->> 'failover')::bool \
+                 from pg_catalog.pg_replication_slots s where slot_name = $1",
                 &[&name],
             )
             .await?;
         rows.first().map(slot).transpose()
     }
 
+    /// Who streams by this walsender, as far as this role may see.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn holder(&self, pid: i32) -> Result<Option<Holder>, Error> {
+        let sql = "select nullif(application_name, ''), pg_catalog.host(client_addr), state \
+            from pg_catalog.pg_stat_replication where pid = $1";
+        let rows = self.all(sql, &[&pid]).await?;
+        let holder = |row: &Row| -> Result<Holder, Error> {
+            Ok(Holder { pid, application: row.try_get(0)?, address: row.try_get(1)?, state: row.try_get(2)? })
+        };
+        rows.first().map(holder).transpose()
+    }
+
+    /// Settings, standbys and prepared transactions, for advice.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn circumstances(&self) -> Result<Circumstances, Error> {
+        let known: Vec<&str> = SETTINGS.to_vec();
+        let settings = "select name, pg_catalog.current_setting(name), setting from pg_catalog.pg_settings \
+            where name = any($1)";
+        let setting = |row: &Row| -> Result<Setting, Error> {
+            Ok(Setting { name: row.try_get(0)?, shown: row.try_get(1)?, raw: row.try_get(2)? })
+        };
+        let standbys = "select slot_name::text, active from pg_catalog.pg_replication_slots \
+            where slot_type = 'physical' and not temporary order by slot_name";
+        let standby = |row: &Row| -> Result<(String, bool), Error> { Ok((row.try_get(0)?, row.try_get(1)?)) };
+        let prepared = "select extract(epoch from now() - min(prepared))::float8 from pg_catalog.pg_prepared_xacts";
+        Ok(Circumstances {
+            settings: self.all(settings, &[&known]).await?.iter().map(setting).collect::<Result<_, _>>()?,
+            standbys: self.all(standbys, &[]).await?.iter().map(standby).collect::<Result<_, _>>()?,
+            prepared_seconds: self.one(prepared, &[]).await?.try_get(0)?,
+        })
+    }
+
     async fn publication(&self, name: &str, version: i32) -> Result<Option<Publication>, Error> {
-        let publications = "select pubinsert, pubviaroot from pg_catalog.pg_publication where pubname = $1";
+        let publications = "select pubinsert, pubviaroot, puballtables, pubupdate or pubdelete or pubtruncate \
+            from pg_catalog.pg_publication where pubname = $1";
         let rows = self.all(publications, &[&name]).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         let filters = if version >= VERSION_WITH_FILTERS { "p.attnames::text[], p.rowfilter" } else { "null, null" };
         let tables = format!(
-            "select c.oid, {filters} from pg_catalog.pg_publication_tables p \
+            "select c.oid, pg_catalog.format('%I.%I', p.schemaname, p.tablename), \
+             exists (select from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication b on b.oid = r.prpubid \
+             where r.prrelid = c.oid and b.pubname = p.pubname), {filters} from pg_catalog.pg_publication_tables p \
              join pg_catalog.pg_namespace n on n.nspname = p.schemaname \
              join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename where p.pubname = $1"
         );
@@ -151,13 +219,17 @@ impl Control {
         let published = |row: &Row| -> Result<Published, Error> {
             Ok(Published {
                 oid: row.try_get(0)?,
-                columns: if with_filters { row.try_get(1)? } else { None },
-                row_filter: if with_filters { row.try_get(2)? } else { None },
+                name: row.try_get(1)?,
+                is_member: row.try_get(2)?,
+                columns: if with_filters { row.try_get(3)? } else { None },
+                row_filter: if with_filters { row.try_get(4)? } else { None },
             })
         };
         Ok(Some(Publication {
             inserts: row.try_get(0)?,
             via_root: row.try_get(1)?,
+            all_tables: row.try_get(2)?,
+            more_than_inserts: row.try_get(3)?,
             tables: self.all(&tables, &[&name]).await?.iter().map(published).collect::<Result<_, _>>()?,
         }))
     }
@@ -165,7 +237,8 @@ impl Control {
     async fn table(&self, schema: &str, name: &str) -> Result<Option<Table>, Error> {
         let rows = self
             .all(
-                "select c.oid, c.relkind::text from pg_catalog.pg_class c \
+                "select c.oid, c.relkind::text, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname), \
+                 pg_catalog.pg_get_userbyid(c.relowner)::text from pg_catalog.pg_class c \
                  join pg_catalog.pg_namespace n on n.oid = c.relnamespace where n.nspname = $1 and c.relname = $2",
                 &[&schema, &name],
             )
@@ -179,29 +252,36 @@ impl Control {
                 &[&oid],
             )
             .await?;
-        let family =
-            self.all("select relid::oid, isleaf from pg_catalog.pg_partition_tree($1::oid::regclass)", &[&oid]).await?;
+        let family = self
+            .all(
+                "select c.oid, t.isleaf, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname) \
+                 from pg_catalog.pg_partition_tree($1::oid::regclass) t join pg_catalog.pg_class c on c.oid = t.relid \
+                 join pg_catalog.pg_namespace n on n.oid = c.relnamespace where t.relid <> $1::oid",
+                &[&oid],
+            )
+            .await?;
         let mut table = Table {
             oid,
+            owner: row.try_get(4)?,
             kind: row.try_get(1)?,
             columns: columns.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, Error>>()?,
             leaves: Vec::new(),
             family: vec![oid],
+            unlogged: Vec::new(),
         };
-        for row in &family {
-            let (member, leaf): (u32, bool) = (row.try_get(0)?, row.try_get(1)?);
-            table.family.push(member);
-            if leaf {
-                table.leaves.push(member);
-            }
-        }
         if table.kind == "r" {
-            table.leaves = vec![oid];
+            table.add(row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
+        }
+        for row in &family {
+            table.family.push(row.try_get(0)?);
+            if row.try_get(1)? {
+                table.add(row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
+            }
         }
         Ok(Some(table))
     }
 
-    async fn all(
+    pub(super) async fn all(
         &self,
         sql: &str,
         parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
@@ -214,6 +294,21 @@ impl Control {
         let none = || Error::Protocol("no row where there is always one".to_owned());
         self.all(sql, parameters).await?.into_iter().next().ok_or_else(none)
     }
+}
+
+impl Table {
+    /// A table that holds rows.
+    fn add(&mut self, oid: u32, is_unlogged: bool, name: String) {
+        self.leaves.push(oid);
+        if is_unlogged {
+            self.unlogged.push(name);
+        }
+    }
+}
+
+fn count(row: &Row, index: usize) -> Result<u32, Error> {
+    let count: i32 = row.try_get(index)?;
+    Ok(u32::try_from(count).unwrap_or(0))
 }
 
 fn slot(row: &Row) -> Result<Slot, Error> {
@@ -233,5 +328,7 @@ fn slot(row: &Row) -> Result<Slot, Error> {
         temporary: row.try_get(8)?,
         server: lsn(9)?,
         lag_seconds: row.try_get(10)?,
+        invalidation_reason: row.try_get(11)?,
+        failover: row.try_get(12)?,
     })
 }

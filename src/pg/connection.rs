@@ -231,6 +231,18 @@ impl Connection {
     /// # Errors
     /// `Server` when the server refuses it.
     pub async fn query(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
+        self.query_and_hear(command, |_| Ok(())).await
+    }
+
+    /// The same, with an ear for notices, which may make an error of the answer.
+    ///
+    /// # Errors
+    /// Those of [`Self::query`], and the ear's.
+    pub(super) async fn query_and_hear(
+        &mut self,
+        command: &str,
+        mut hear: impl FnMut(Bytes) -> Result<(), Error>,
+    ) -> Result<Vec<Vec<Option<String>>>, Error> {
         frontend::query(command, &mut self.outgoing).map_err(Error::Broken)?;
         self.flush().await?;
         let mut rows = Vec::new();
@@ -241,7 +253,8 @@ impl Connection {
                 b'D' => rows.push(row(frame.body)?),
                 b'E' => failure = Some(Error::Server(ServerError::parse(frame.body))),
                 b'Z' => return failure.map_or(Ok(rows), Err),
-                b'T' | b'C' | b'I' | b'N' | b'S' => {}
+                b'N' => failure = hear(frame.body).err().or(failure),
+                b'T' | b'C' | b'I' | b'S' => {}
                 tag => return Err(unexpected(tag, "a query's answer")),
             }
         }

@@ -1,4 +1,4 @@
-//! What can go wrong with Postgres, and what each says about trying again.
+//! What can go wrong with Postgres, and what each says about trying again; what mends it is in `refusal`.
 //!
 //! The trap: a walsender that gives up on a silent client says nothing, it just closes (`COMMERROR`), and SQLSTATE 55000
 //! has many causes. So a bare close is `Later`, and a state error is settled by looking at the catalog in the next session.
@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 
-use super::pgoutput;
+use super::{pgoutput, refusal};
+use crate::finding::{Finding, Remedy, explain};
 use crate::retry::Retry;
 
 /// Why a session with Postgres ended or did not begin.
@@ -55,7 +56,7 @@ pub enum Error {
     #[error("a query on Postgres failed")]
     Sql(#[source] tokio_postgres::Error),
     /// An `ErrorResponse` before the session began.
-    #[error("Postgres at {} refused {attempt}: {}. Remedy: {}", attempt.host, error.plain(), login_remedy(attempt, error))]
+    #[error("Postgres at {} refused {attempt}: {}. Remedy: {}", attempt.host, error.plain(), refusal::login(attempt, error))]
     Refused {
         /// Who tried what.
         attempt: Box<Attempt>,
@@ -79,8 +80,8 @@ pub enum Error {
         problem: String,
     },
     /// None of several hosts would do.
-    #[error("no host of {} will do: {}", .0.len(), .0.join("; "))]
-    Hosts(Vec<String>),
+    #[error("no host of {} will do: {}", .0.len(), told(.0))]
+    Hosts(Vec<Error>),
     /// Bytes that the protocol does not allow.
     #[error("unexpected bytes from Postgres: {0}")]
     Protocol(String),
@@ -116,59 +117,13 @@ impl fmt::Display for Attempt {
     }
 }
 
-/// What to do about a refused login, as exactly as the server's words allow.
-fn login_remedy(attempt: &Attempt, error: &ServerError) -> String {
-    let Attempt { user, database, is_encrypted, password_from, .. } = attempt;
-    match error.code() {
-        "28P01" => {
-            let from = password_from.as_deref().filter(|from| *from != "postgres.url");
-            let from = from.map(|path| format!(" (the password is from {path})")).unwrap_or_default();
-            format!("check user and password in postgres.url{from}")
-        }
-        "28000" if error.message().contains("pg_hba") => {
-            let (kind, address) = match error.message().split('"').nth(1) {
-                Some("[local]") | None => ("local", String::new()),
-                Some(address) => {
-                    let bits = if address.contains(':') { 128 } else { 32 };
-                    (if *is_encrypted { "hostssl" } else { "host" }, format!(" {address}/{bits}"))
-                }
-            };
-            let line = format!("{kind} {database} {user}{address} scram-sha-256");
-            let encrypt = if *is_encrypted || kind == "local" {
-                ""
-            } else {
-                "; or, where a hostssl line has it, sslmode=require"
-            };
-            format!(
-                "put this line into the server's pg_hba.conf, above any that rejects, and reload it: {line} (a relay's \
-                 replication connection matches the same line){encrypt}"
-            )
-        }
-        "28000" => format!("create the role, or let it log in: ALTER ROLE {user} LOGIN"),
-        "42501" => format!("ALTER ROLE {user} REPLICATION"),
-        "57P03" => "wait: the server is starting, stopping or not yet consistent".to_owned(),
-        _ => error.remedy().unwrap_or("the server's log says more").to_owned(),
-    }
-}
-
-/// A precondition that does not hold, and the statement that mends it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// What is wrong, naming the thing.
-    pub problem: String,
-    /// What to do about it.
-    pub remedy: String,
+fn told(errors: &[Error]) -> String {
+    errors.iter().map(|error| explain(error)).collect::<Vec<_>>().join("; ")
 }
 
 fn list(findings: &[Finding]) -> String {
     let lines: Vec<String> = findings.iter().map(|finding| finding.to_string()).collect();
     lines.join("; ")
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}. Remedy: {}", self.problem, self.remedy)
-    }
 }
 
 /// The fields of an `ErrorResponse` or `NoticeResponse`.
@@ -219,7 +174,7 @@ impl ServerError {
     }
 
     /// Without a remedy.
-    fn plain(&self) -> String {
+    pub fn plain(&self) -> String {
         let mut text = format!("{} (SQLSTATE {})", self.message(), self.code());
         for (name, kind) in [("detail", b'D'), ("hint", b'H')] {
             if let Some(field) = self.field(kind) {
@@ -227,26 +182,6 @@ impl ServerError {
             }
         }
         text
-    }
-
-    /// What an operator can do about it, where the SQLSTATE alone tells.
-    fn remedy(&self) -> Option<&'static str> {
-        Some(match self.code() {
-            "42501" => "give the role what is missing, usually: ALTER ROLE <role> REPLICATION",
-            "3D000" => "check the database in postgres.url",
-            "55006" => "another relay or a dead connection holds the slot; this one waits for it",
-            "53300" => "raise max_wal_senders or max_connections",
-            "58P01" => "the slot's WAL is gone: reconcile from the table, then drop the slot and run `pgoutbox init`",
-            "42704" if self.message().contains("publication") => {
-                "the publication did not exist for a part of the write-ahead log that is still to be read (creating it \
-                 now does not help): reconcile from the table, then drop the slot and run `pgoutbox init`"
-            }
-            "XX000" if self.is_oversized_row() => {
-                "a row's text form exceeds 1 GB and can never be decoded: skip its transaction with \
-                 pg_replication_slot_advance, after saving what it holds"
-            }
-            _ => return None,
-        })
     }
 
     /// A row whose text form exceeds what Postgres can allocate jams its slot for ever.
@@ -267,7 +202,7 @@ impl ServerError {
 impl fmt::Display for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.plain())?;
-        match self.remedy() {
+        match refusal::session(self) {
             Some(remedy) => write!(f, ". Remedy: {remedy}"),
             None => Ok(()),
         }
@@ -291,6 +226,29 @@ impl From<tokio_postgres::Error> for Error {
 }
 
 impl Error {
+    /// What is wrong and what mends it, apart.
+    pub fn findings(&self) -> Vec<Finding> {
+        match self {
+            Error::World(findings) => findings.clone(),
+            Error::Hosts(errors) => errors.iter().flat_map(Error::findings).collect(),
+            Error::Refused { attempt, error } => {
+                let problem = format!("Postgres at {} refused {attempt}: {}", attempt.host, error.plain());
+                vec![Finding::new(problem, refusal::login(attempt, error))]
+            }
+            Error::Server(error) => {
+                let problem = format!("Postgres refused: {}", error.plain());
+                vec![Finding::new(problem, refusal::session(error).unwrap_or_default())]
+            }
+            error => {
+                let text = explain(error);
+                let (problem, remedy) = text
+                    .split_once(". Remedy: ")
+                    .unwrap_or((&text, "see that the server runs and that host and port in postgres.url are right"));
+                vec![Finding::new(problem, Remedy::act(remedy))]
+            }
+        }
+    }
+
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
@@ -340,12 +298,15 @@ mod tests {
         let no_line = r#"no pg_hba.conf entry for host "10.0.0.7", user "relay""#;
         for (text, part) in [
             (refused("28P01", "password authentication failed", true), "from /home/x/.pgpass"),
-            (refused("28000", no_line, true), "reload it: hostssl shop relay 10.0.0.7/32 scram-sha-256 ("),
-            (refused("28000", no_line, false), "reload it: host shop relay 10.0.0.7/32 scram-sha-256 ("),
+            (
+                refused("28000", no_line, true),
+                "pg_hba.conf: hostssl shop relay 10.0.0.7/32 scram-sha-256, then SELECT pg_reload_conf();",
+            ),
+            (refused("28000", no_line, false), "pg_hba.conf: host shop relay 10.0.0.7/32 scram-sha-256, then"),
             (refused("28000", no_line, false), "sslmode=require"),
             (
                 refused("28000", r#"pg_hba.conf rejects connection for host "[local]""#, false),
-                ": local shop relay scram-sha-256 (",
+                ": local shop relay scram-sha-256, then",
             ),
             (
                 refused("28000", r#"pg_hba.conf rejects connection for host "::1""#, true),

@@ -4,8 +4,6 @@
 //! nobody says, the primary is looked for on every host, and a standby serves only to say that there is no primary. And a
 //! host that answers "no" is an answer: a wrong password is not tried on the next host.
 
-use std::error::Error as _;
-
 use tokio::time::timeout;
 
 use super::connection::{Connection, Purpose};
@@ -68,10 +66,12 @@ pub(super) async fn open(settings: &Settings) -> Result<(Connection, Place), Err
     if let Some(found) = second_best {
         return Ok(found);
     }
-    let told = failures.iter().map(explained).collect();
     match failures.pop() {
         Some(only) if failures.is_empty() => Err(only),
-        _ => Err(Error::Hosts(told)),
+        last => {
+            failures.extend(last);
+            Err(Error::Hosts(failures))
+        }
     }
 }
 
@@ -119,12 +119,5 @@ fn is_answer(error: &Error, target: Option<Target>) -> bool {
         Error::Refused { error, .. } => !error.code().starts_with("57P"),
         Error::Login { .. } | Error::Tls { .. } | Error::Server(_) | Error::Protocol(_) => true,
         _ => false,
-    }
-}
-
-fn explained(error: &Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }

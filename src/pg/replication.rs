@@ -9,10 +9,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf, Bytes};
 use tokio::time::timeout;
 
-use super::catalog::{Control, SERVER};
+use super::catalog::{Control, SERVER, UNLIMITED};
 use super::connection::{Connection, Frame, Purpose};
 use super::error::{Error, ServerError};
 use super::settings::Settings;
+use super::world::literal;
 use crate::lsn::Lsn;
 
 /// 2000-01-01 UTC, Postgres' epoch, in seconds since 1970.
@@ -23,6 +24,12 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A command that reads no WAL answers in milliseconds; one that does not is a peer that is not there.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a look at what is next may hold the slot: well below [`ANSWER_TIMEOUT`], since the server must end it.
+const PEEK_MILLISECONDS: u32 = 5_000;
+
+/// The first byte of pgoutput's Insert.
+const INSERT: u8 = b'I';
 
 /// How long a clean end may take: the server answers as soon as it has read our last status.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -85,6 +92,7 @@ impl Replication {
         let place = control.place();
         let connection = Connection::open(place, settings, Purpose::Replication).await?;
         let mut replication = Self { connection };
+        replication.ask(UNLIMITED).await?;
         let ours = replication.ask(SERVER).await?.into_iter().flatten().flatten().next().unwrap_or_default();
         let theirs = control.server().await?;
         if ours != theirs {
@@ -137,6 +145,26 @@ impl Replication {
         let rows = self.ask("SHOW wal_sender_timeout").await?;
         let text = rows.into_iter().flatten().flatten().next().ok_or_else(wrong)?;
         parse_duration(&text).ok_or_else(wrong)
+    }
+
+    /// Decodes what the slot would stream first, up to the end of the transaction that reaches so many changes, and moves
+    /// nothing. Holds the slot meanwhile. How many inserts there are.
+    ///
+    /// # Errors
+    /// What would end a stream at its beginning; `Server` with 55006 when the slot is in use, with 57014 when it takes long.
+    pub async fn peek(&mut self, slot: &str, publication: &str, changes: u32) -> Result<u64, Error> {
+        self.ask(&format!("set statement_timeout = {PEEK_MILLISECONDS}")).await?;
+        let command = format!(
+            "select count(*) filter (where pg_catalog.get_byte(data, 0) = {INSERT}) from \
+             pg_catalog.pg_logical_slot_peek_binary_changes({}, null, {changes}, 'proto_version', '1', \
+             'publication_names', '{}')",
+            literal(slot),
+            quoted_list(publication),
+        );
+        let late = Error::Timeout { during: "decoding what is next", after: ANSWER_TIMEOUT };
+        let peeking = self.connection.query_and_hear(&command, notice);
+        let rows = timeout(ANSWER_TIMEOUT, peeking).await.unwrap_or(Err(late))?;
+        Ok(rows.into_iter().flatten().flatten().next().and_then(|count| count.parse().ok()).unwrap_or(0))
     }
 
     async fn ask(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, Error> {

@@ -4,11 +4,15 @@
 //! happily from a world that has lost its outbox. A table dropped and re-created is no longer in the publication, a row
 //! filter hides rows, and keepalives advance the slot past all of it.
 
-use super::error::Finding;
+use super::refusal::raise;
+use crate::finding::{Finding, Remedy, word};
 use crate::lsn::Lsn;
 
 /// The oldest server whose pgoutput and slots this was built against.
 const VERSION_MIN: i32 = 140_000;
+
+/// Creates what is missing.
+const INIT: &str = "pgoutbox init";
 
 /// The names of the things that a relay depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +32,11 @@ impl Names {
     pub fn qualified(&self) -> String {
         format!("{}.{}", identifier(&self.schema), identifier(&self.table))
     }
+}
+
+/// `server_version_num` as people write it.
+pub fn version(number: i32) -> String {
+    format!("{}.{}", number / 10_000, number % 10_000)
 }
 
 /// A name as SQL wants it: bare when it can stand bare.
@@ -57,6 +66,10 @@ pub struct World {
     pub role: String,
     /// Whether that role may replicate.
     pub may_replicate: bool,
+    /// `max_replication_slots`.
+    pub slots_max: u32,
+    /// How many of them there are.
+    pub slots_used: u32,
     /// The slot, if there is one.
     pub slot: Option<Slot>,
     /// The publication, if there is one.
@@ -80,6 +93,10 @@ pub struct Slot {
     pub restart: Lsn,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
+    /// Why it is lost; PostgreSQL 17 and later.
+    pub invalidation_reason: Option<String>,
+    /// Whether it is kept on standbys; PostgreSQL 17 and later.
+    pub failover: Option<bool>,
     /// Bytes that may still be written before it is in danger; none without a limit.
     pub safe_bytes: Option<i64>,
     /// Whether transactions are sent at PREPARE, before their outcome is known.
@@ -97,6 +114,10 @@ pub struct Slot {
 pub struct Publication {
     /// Whether it publishes inserts.
     pub inserts: bool,
+    /// Whether it publishes updates, deletes or truncations as well.
+    pub more_than_inserts: bool,
+    /// Whether it is `FOR ALL TABLES`.
+    pub all_tables: bool,
     /// Whether partitions are announced as their root.
     pub via_root: bool,
     /// Its tables.
@@ -108,6 +129,10 @@ pub struct Publication {
 pub struct Published {
     /// The table's OID.
     pub oid: u32,
+    /// Schema and name, quoted.
+    pub name: String,
+    /// Whether the publication names it, as opposed to its schema or its partitioned table.
+    pub is_member: bool,
     /// Its column list, where the server has such.
     pub columns: Option<Vec<String>>,
     /// Its row filter.
@@ -119,6 +144,8 @@ pub struct Published {
 pub struct Table {
     /// Its OID.
     pub oid: u32,
+    /// Its owner's name.
+    pub owner: String,
     /// `r`: a table, `p`: a partitioned one.
     pub kind: String,
     /// Its columns and the OIDs of their types.
@@ -127,142 +154,218 @@ pub struct Table {
     pub leaves: Vec<u32>,
     /// Every OID under which its rows may be announced: itself, its partitions and theirs.
     pub family: Vec<u32>,
+    /// Those of the tables that hold its rows and are unlogged: schema and name, quoted.
+    pub unlogged: Vec<String>,
 }
 
 impl World {
     /// What keeps a relay from running here, each with its remedy. Pure, so that `check` and `run` cannot disagree.
     pub fn findings(&self, names: &Names) -> Vec<Finding> {
-        [self.server_findings(), self.slot_findings(names), self.table_findings(names)].concat()
+        let of_table = [self.table_findings(names), self.publication_findings(names)].concat();
+        [self.server_findings(), self.slot_findings(names), of_table].concat()
     }
 
     /// Version, settings and the role's privileges.
     pub fn server_findings(&self) -> Vec<Finding> {
-        let mut findings = Findings(Vec::new());
+        let mut findings = Vec::new();
         if self.version < VERSION_MIN {
             let problem = format!("the server is PostgreSQL {}", self.version / 10_000);
-            findings.add(problem, "use PostgreSQL 14 or later");
+            findings.push(Finding::new(problem, Remedy::act("use PostgreSQL 14 or later")));
         }
         if self.wal_level != "logical" {
-            findings.add(
-                format!("wal_level is {}", self.wal_level),
-                "ALTER SYSTEM SET wal_level = logical; then restart the server",
-            );
+            let remedy = Remedy::sql("ALTER SYSTEM SET wal_level = logical").then_act("restart PostgreSQL");
+            findings.push(Finding::new(format!("wal_level is {}", self.wal_level), remedy));
         }
         if !self.may_replicate {
-            let role = identifier(&self.role);
-            findings.add(
-                format!("role {} may not replicate", self.role),
-                format!("ALTER ROLE {role} REPLICATION (managed services have a role to grant instead)"),
-            );
+            let remedy = Remedy::sql(format!("ALTER ROLE {} REPLICATION", identifier(&self.role)))
+                .mind("Managed services have a role to grant instead, such as rds_replication");
+            findings.push(Finding::new(format!("role {} may not replicate", self.role), remedy));
         }
-        findings.0
+        findings
     }
 
     /// The slot: not for who brings a slot of its own.
     pub fn slot_findings(&self, names: &Names) -> Vec<Finding> {
-        let mut findings = Findings(Vec::new());
         let name = &names.slot;
-        let recreate = format!("SELECT pg_drop_replication_slot({}); then run `pgoutbox init`", literal(name));
         let Some(slot) = &self.slot else {
-            findings.add(
-                format!("replication slot {name} does not exist in this cluster"),
-                "run `pgoutbox init`. If the slot existed before, rows committed since it went are not in the stream: \
-                 reconcile them from the table",
-            );
-            return findings.0;
+            let problem = format!("replication slot {name} does not exist in this cluster");
+            return vec![Finding::new(problem, self.missing_slot())];
         };
+        let mut findings = Vec::new();
+        let recreate = Remedy::sql(format!("SELECT pg_drop_replication_slot({})", literal(name)));
+        let recreate = recreate.then_shell(INIT);
         if slot.temporary {
-            findings.add(format!("replication slot {name} is temporary"), recreate.as_str());
+            let pid = slot.active_pid.unwrap_or_default();
+            let end = Remedy::sql(format!("SELECT pg_terminate_backend({pid}, 5000)")).then_shell(INIT);
+            findings.push(Finding::new(format!("replication slot {name} is temporary"), end));
         }
         match &slot.plugin {
-            None => findings.add(format!("replication slot {name} is physical"), "set postgres.slot to a logical slot"),
-            Some(plugin) if plugin != "pgoutput" => findings.add(
-                format!("replication slot {name} uses the plugin {plugin}, not pgoutput"),
-                "set postgres.slot to another name and run `pgoutbox init`",
-            ),
-            Some(_) => {}
-        }
-        if let Some(database) = slot.database.as_ref().filter(|database| **database != self.database) {
-            findings.add(
-                format!("replication slot {name} belongs to database {database}, not to {}", self.database),
-                "connect to that database in postgres.url, or set postgres.slot to another name and run `pgoutbox init`",
-            );
-        }
-        if slot.wal_status.as_deref() == Some("lost") {
-            findings.add(
-                format!("replication slot {name} is lost: the server has removed WAL that was still needed"),
-                format!(
-                    "reconcile from the table what was committed after {}, raise max_slot_wal_keep_size, then {recreate}",
-                    slot.confirmed
-                ),
-            );
-        }
-        if slot.two_phase {
-            findings.add(
-                format!("replication slot {name} sends transactions at PREPARE, before their outcome is known"),
-                recreate.as_str(),
-            );
-        }
-        findings.0
-    }
-
-    /// Table and publication.
-    pub fn table_findings(&self, names: &Names) -> Vec<Finding> {
-        let mut findings = Findings(Vec::new());
-        let (table_name, publication_name) = (names.qualified(), identifier(&names.publication));
-        match &self.table {
-            None => findings.add(
-                format!("table {table_name} does not exist"),
-                "run `pgoutbox init`, or set outbox.table to the table's name",
-            ),
-            Some(table) if table.kind != "r" && table.kind != "p" => {
-                findings.add(format!("{table_name} is not a table"), "set outbox.table to a table")
+            None => findings.push(Finding::new(format!("replication slot {name} is physical"), another_slot(name))),
+            Some(plugin) if plugin != "pgoutput" => {
+                let problem = format!("replication slot {name} uses the plugin {plugin}, not pgoutput");
+                findings.push(Finding::new(problem, another_slot(name)));
             }
             Some(_) => {}
         }
-        let Some(publication) = &self.publication else {
-            findings.add(
-                format!("publication {} does not exist in database {}", names.publication, self.database),
-                "run `pgoutbox init`. If the slot is older than the publication, rows committed before it are not in the \
-                 stream: reconcile them from the table",
-            );
-            return findings.0;
-        };
-        if !publication.inserts {
-            findings.add(
-                format!("publication {} does not publish inserts", names.publication),
-                format!("ALTER PUBLICATION {publication_name} SET (publish = 'insert')"),
-            );
+        if let Some(database) = slot.database.as_ref().filter(|database| **database != self.database) {
+            let problem = format!("replication slot {name} belongs to database {database}, not to {}", self.database);
+            let mind = format!("Or, if the outbox is there, connect to {database} in postgres.url");
+            findings.push(Finding::new(problem, another_slot(name).mind(mind)));
         }
-        let Some(table) = &self.table else { return findings.0 };
+        if slot.wal_status.as_deref() == Some("lost") {
+            let reconcile = format!("reconcile from the table what was committed after {}", slot.confirmed);
+            let remedy = Remedy::act(reconcile)
+                .then_sql(format!("SELECT pg_drop_replication_slot({})", literal(name)))
+                .then_shell(INIT)
+                .mind(slot.lost_by());
+            let problem = format!("replication slot {name} is lost: the server has removed what was still needed");
+            findings.push(Finding::new(problem, remedy));
+        }
+        if slot.two_phase {
+            let problem =
+                format!("replication slot {name} sends transactions at PREPARE, before their outcome is known");
+            findings.push(Finding::new(problem, recreate));
+        }
+        findings
+    }
+
+    fn missing_slot(&self) -> Remedy {
+        let remedy = if self.slots_used < self.slots_max {
+            Remedy::shell(INIT)
+        } else {
+            raise("max_replication_slots", self.slots_max).then_shell(INIT)
+        };
+        remedy.mind(
+            "If the slot existed before, rows committed since it went are not in the stream: reconcile them from the table",
+        )
+    }
+
+    /// The table's kind and persistence.
+    pub fn table_findings(&self, names: &Names) -> Vec<Finding> {
+        let name = names.qualified();
+        let Some(table) = &self.table else {
+            return vec![Finding::new(format!("table {name} does not exist"), self.missing_table(names))];
+        };
+        if table.kind != "r" && table.kind != "p" {
+            let remedy = self.other_table().unwrap_or_else(|| Remedy::act("set outbox.table to a table"));
+            return vec![Finding::new(format!("{name} is {}, not a table", kind_in_words(&table.kind)), remedy)];
+        }
+        let logged = |unlogged: &String| {
+            let remedy = Remedy::sql(format!("ALTER TABLE {unlogged} SET LOGGED"));
+            Finding::new(format!("table {unlogged} is unlogged: its rows are not in the write-ahead log"), remedy)
+        };
+        table.unlogged.iter().map(logged).collect()
+    }
+
+    fn missing_table(&self, names: &Names) -> Remedy {
+        if let Some(other) = self.other_table() {
+            return other.mind(format!("Or run `{INIT}` to make a new one"));
+        }
+        match &self.publication {
+            Some(publication) if !publication.all_tables => {
+                let add =
+                    format!("ALTER PUBLICATION {} ADD TABLE {}", identifier(&names.publication), names.qualified());
+                Remedy::shell(INIT)
+                    .then_sql(add)
+                    .mind("`init` makes the table, and says that the publication does not cover it yet")
+            }
+            _ => Remedy::shell(INIT),
+        }
+    }
+
+    /// The one table of the publication is meant, perhaps: a renamed one stays published.
+    fn other_table(&self) -> Option<Remedy> {
+        match self.publication.as_ref()?.tables.as_slice() {
+            [only] => Some(Remedy::setting("outbox.table", only.name.clone())),
+            _ => None,
+        }
+    }
+
+    /// What the publication publishes of the table.
+    pub fn publication_findings(&self, names: &Names) -> Vec<Finding> {
+        let (table_name, publication_name) = (names.qualified(), identifier(&names.publication));
+        let Some(publication) = &self.publication else {
+            let problem = format!("publication {} does not exist in database {}", names.publication, self.database);
+            let remedy = Remedy::shell(INIT).mind(
+                "If the slot is older than the publication, rows committed before it are not in the stream: reconcile \
+                 them from the table",
+            );
+            return vec![Finding::new(problem, remedy)];
+        };
+        let mut findings = Vec::new();
+        if !publication.inserts {
+            let remedy = Remedy::sql(format!("ALTER PUBLICATION {publication_name} SET (publish = 'insert')"));
+            findings.push(Finding::new(format!("publication {} does not publish inserts", names.publication), remedy));
+        }
+        let Some(table) = self.table.as_ref().filter(|table| table.is_streamable()) else { return findings };
         let announced = if publication.via_root { vec![table.oid] } else { table.leaves.clone() };
         let covering: Vec<&Published> =
             publication.tables.iter().filter(|published| announced.contains(&published.oid)).collect();
         if covering.len() < announced.len() {
-            findings.add(
-                format!("publication {} does not cover table {table_name}", names.publication),
-                format!(
-                    "ALTER PUBLICATION {publication_name} ADD TABLE {table_name}. Rows inserted before that are not in the \
-                     stream: reconcile them from the table"
-                ),
-            );
+            let add = format!("ALTER PUBLICATION {publication_name} ADD TABLE {table_name}");
+            let remedy =
+                Remedy::sql(add).mind("Rows inserted before that are not in the stream: reconcile them from the table");
+            let problem = format!("publication {} does not cover table {table_name}", names.publication);
+            findings.push(Finding::new(problem, remedy));
         }
         if covering.iter().any(|published| published.row_filter.is_some()) {
-            findings.add(
-                format!("publication {} hides rows of {table_name} by a row filter", names.publication),
-                format!("ALTER PUBLICATION {publication_name} SET TABLE {table_name}"),
-            );
+            let problem = format!("publication {} hides rows of {table_name} by a row filter", names.publication);
+            findings.push(Finding::new(problem, self.republish(names)));
         }
-        findings.0
+        findings
+    }
+
+    /// Publishes the table again, whole, and leaves the publication's other tables as they are.
+    pub fn republish(&self, names: &Names) -> Remedy {
+        let (table, publication) = (names.qualified(), identifier(&names.publication));
+        if self.others().is_empty() {
+            return Remedy::sql(format!("ALTER PUBLICATION {publication} SET TABLE {table}"));
+        }
+        let family = self.table.as_ref().map(|table| table.family.as_slice()).unwrap_or_default();
+        let tables = self.publication.iter().flat_map(|publication| &publication.tables);
+        let members = tables.filter(|published| published.is_member && family.contains(&published.oid));
+        let members: Vec<&str> = members.map(|published| published.name.as_str()).collect();
+        let (drop, add) = (format!("DROP TABLE {}", members.join(", ")), format!("ADD TABLE {table}"));
+        Remedy::sql(format!(
+            "BEGIN; ALTER PUBLICATION {publication} {drop}; ALTER PUBLICATION {publication} {add}; COMMIT"
+        ))
     }
 }
 
-/// Findings as they are gathered.
-struct Findings(Vec<Finding>);
+/// A slot beside one that is somebody else's.
+fn another_slot(name: &str) -> Remedy {
+    // The limit of a name is 63 bytes, and these are ASCII.
+    let other = format!("{}_outbox", name.get(..56).unwrap_or(name));
+    let init = format!("{INIT} --set postgres.slot={}", word(&other));
+    Remedy::setting("postgres.slot", other).then_shell(init)
+}
 
-impl Findings {
-    fn add(&mut self, problem: String, remedy: impl Into<String>) {
-        self.0.push(Finding { problem, remedy: remedy.into() });
+fn kind_in_words(relkind: &str) -> &'static str {
+    match relkind {
+        "v" => "a view",
+        "m" => "a materialized view",
+        "f" => "a foreign table",
+        "S" => "a sequence",
+        "i" | "I" => "an index",
+        _ => "something else",
+    }
+}
+
+impl Slot {
+    /// Why the server did not keep what it needs.
+    fn lost_by(&self) -> &'static str {
+        match self.invalidation_reason.as_deref() {
+            Some("idle_timeout") => "Then raise idle_replication_slot_timeout, or set it to 0",
+            Some("rows_removed" | "wal_level_insufficient") => "Make slots on the primary only",
+            _ => "Then raise max_slot_wal_keep_size, or set it to -1",
+        }
+    }
+}
+
+impl Table {
+    /// Whether rows of it can be in a stream at all; if not, that is said and nothing more.
+    fn is_streamable(&self) -> bool {
+        matches!(self.kind.as_str(), "r" | "p") && self.unlogged.is_empty()
     }
 }
 
@@ -287,6 +390,7 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finding::Step;
 
     fn names() -> Names {
         Names {
@@ -305,6 +409,8 @@ mod tests {
             database: "shop".to_owned(),
             role: "relay".to_owned(),
             may_replicate: true,
+            slots_max: 10,
+            slots_used: 1,
             slot: Some(Slot {
                 plugin: Some("pgoutput".to_owned()),
                 database: Some("shop".to_owned()),
@@ -312,6 +418,8 @@ mod tests {
                 confirmed: Lsn::new(16),
                 restart: Lsn::new(8),
                 wal_status: Some("reserved".to_owned()),
+                invalidation_reason: None,
+                failover: None,
                 safe_bytes: None,
                 two_phase: false,
                 temporary: false,
@@ -320,17 +428,25 @@ mod tests {
             }),
             publication: Some(Publication {
                 inserts: true,
+                more_than_inserts: false,
+                all_tables: false,
                 via_root: true,
-                tables: vec![Published { oid: 7, columns: None, row_filter: None }],
+                tables: vec![published(7)],
             }),
             table: Some(Table {
                 oid: 7,
+                owner: "admin".to_owned(),
                 kind: "r".to_owned(),
                 columns: vec![("id".to_owned(), 2950), ("note".to_owned(), 25)],
                 leaves: vec![7],
                 family: vec![7],
+                unlogged: Vec::new(),
             }),
         }
+    }
+
+    fn published(oid: u32) -> Published {
+        Published { oid, name: format!("public.t{oid}"), is_member: true, columns: None, row_filter: None }
     }
 
     #[test]
@@ -342,7 +458,7 @@ mod tests {
 
     #[test]
     fn every_broken_thing_is_named_with_its_remedy() {
-        let breaks: [(&str, Break); 12] = [
+        let breaks: [(&str, Break); 15] = [
             ("wal_level is replica", |world| world.wal_level = "replica".to_owned()),
             ("may not replicate", |world| world.may_replicate = false),
             ("slot pgoutbox does not exist", |world| world.slot = None),
@@ -354,6 +470,11 @@ mod tests {
             ("publication pgoutbox does not exist", |world| world.publication = None),
             ("does not publish inserts", |world| world.publication.as_mut().unwrap().inserts = false),
             ("does not cover", |world| world.publication.as_mut().unwrap().tables.clear()),
+            ("is a view, not a table", |world| world.table.as_mut().unwrap().kind = "v".to_owned()),
+            ("public.outbox is unlogged", |world| {
+                world.table.as_mut().unwrap().unlogged = vec!["public.outbox".to_owned()];
+            }),
+            ("table public.outbox does not exist", |world| world.table = None),
             ("by a row filter", |world| {
                 world.publication.as_mut().unwrap().tables[0].row_filter = Some("(id > 1)".to_owned());
             }),
@@ -368,6 +489,40 @@ mod tests {
         }
     }
 
+    fn steps(world: &World) -> Vec<String> {
+        world.findings(&names())[0].remedy.steps().iter().map(Step::text).collect()
+    }
+
+    #[test]
+    fn a_filter_is_taken_off_without_taking_other_tables_out_of_the_publication() {
+        let mut world = sound();
+        let publication = world.publication.as_mut().unwrap();
+        publication.tables[0].row_filter = Some("(id > 1)".to_owned());
+        assert_eq!(steps(&world), ["ALTER PUBLICATION pgoutbox SET TABLE public.outbox;"]);
+        world.publication.as_mut().unwrap().tables.push(published(8));
+        let steps = steps(&world);
+        assert!(steps[0].contains("DROP TABLE public.t7;") && !steps[0].contains("SET TABLE"), "{steps:?}");
+    }
+
+    #[test]
+    fn a_slot_that_has_no_room_is_made_after_there_is_some() {
+        let mut world = sound();
+        world.slot = None;
+        assert_eq!(steps(&world), ["pgoutbox init"]);
+        (world.slots_max, world.slots_used) = (3, 3);
+        let raised = ["ALTER SYSTEM SET max_replication_slots = 13;", "restart PostgreSQL", "pgoutbox init"];
+        assert_eq!(steps(&world), raised);
+    }
+
+    #[test]
+    fn a_table_that_was_renamed_is_found_by_its_publication() {
+        let mut world = sound();
+        world.table = None;
+        assert_eq!(steps(&world), ["outbox.table=public.t7"]);
+        world.publication.as_mut().unwrap().tables.clear();
+        assert_eq!(steps(&world).len(), 2, "`init`, and it into the publication");
+    }
+
     #[test]
     fn a_partition_outside_the_publication_is_a_hole() {
         let mut world = sound();
@@ -378,7 +533,7 @@ mod tests {
         assert_eq!(world.findings(&names()), [], "announced as the root");
         let publication = world.publication.as_mut().unwrap();
         publication.via_root = false;
-        publication.tables = vec![Published { oid: 8, columns: None, row_filter: None }];
+        publication.tables = vec![published(8)];
         assert_eq!(world.findings(&names()).len(), 1);
     }
 

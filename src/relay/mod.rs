@@ -37,6 +37,7 @@ pub use published::Beyond;
 
 use self::session::Common;
 use self::window::Window;
+use crate::finding::explain;
 use crate::lsn::Lsn;
 use crate::metrics::{End, Metrics, Reason};
 use crate::outbox::{self, Mapping, Tables};
@@ -279,19 +280,4 @@ fn log(error: &Error, wait: Duration, logged: &mut Option<(String, Instant)>) {
     } else {
         tracing::debug!("session ended again, next in {} ms: {text}", wait.as_millis());
     }
-}
-
-/// An error with its sources, in one line.
-pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let next = error.to_string();
-        // A transparent error repeats its source.
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        source = error.source();
-    }
-    text
 }

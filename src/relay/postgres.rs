@@ -10,14 +10,15 @@ use std::time::Duration;
 use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{Beyond, Database, Error, Opened, Progress, Source, Watch};
+use crate::finding::{Finding, Remedy};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
-use crate::outbox::{Mapping, Tables};
+use crate::outbox::{self, Mapping, Tables};
 use crate::pg::catalog::Control;
 use crate::pg::pgoutput::Column;
 use crate::pg::replication::{Event, Replication, Status, Stream};
-use crate::pg::world::{Names, Slot, World, identifier};
-use crate::pg::{self, Finding, Settings};
+use crate::pg::world::{Names, Slot, World};
+use crate::pg::{self, Settings};
 
 /// How often the catalog is asked while streaming.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
@@ -38,7 +39,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// What to do when the outbox is another table than when the stream began.
 const RECREATED: &str = "check which rows were committed before the new table joined the publication: they are not in the \
-    stream. Then restart";
+    stream";
 
 /// Opens streams from one Postgres.
 pub struct Postgres {
@@ -65,27 +66,25 @@ impl Postgres {
     /// What keeps a relay from running here: the catalog's findings and the columns'.
     pub fn findings(&self, world: &World) -> Vec<Finding> {
         let mut findings = world.findings(&self.names);
-        if let (Some(table), Some(_)) = (&world.table, &world.publication) {
-            findings.extend(self.column_finding(&table.columns, &world.streamed_columns()));
-        }
+        findings.extend(self.column_finding(world));
         findings
     }
 
     /// What the columns lack. Where only the publication leaves one out, altering the table would not help.
-    fn column_finding(&self, all: &[(String, u32)], streamed: &[(String, u32)]) -> Option<Finding> {
+    pub fn column_finding(&self, world: &World) -> Option<Finding> {
+        let table = world.table.as_ref().filter(|table| matches!(table.kind.as_str(), "r" | "p"))?;
         let layout = |columns: &[(String, u32)]| {
             let column = |(name, type_id): &(String, u32)| Column { name: name.clone(), type_id: *type_id };
             self.mapping.layout(&columns.iter().map(column).collect::<Vec<_>>())
         };
-        let Err(crate::outbox::Error::Columns { table, problem, remedy }) = layout(streamed) else { return None };
-        if layout(all).is_err() {
-            return Some(Finding { problem: format!("table {table}: {problem}"), remedy });
+        let Err(outbox::Error::Columns(finding)) = layout(&world.streamed_columns()) else { return None };
+        if layout(&table.columns).is_err() {
+            return Some(finding);
         }
-        let publication = &self.names.publication;
-        Some(Finding {
-            problem: format!("publication {publication} leaves out columns of {table} by a column list: {problem}"),
-            remedy: format!("ALTER PUBLICATION {} SET TABLE {table}", identifier(publication)),
-        })
+        let (publication, table) = (&self.names.publication, &self.mapping.table);
+        let problem = finding.problem.trim_start_matches(&format!("table {table}: "));
+        let problem = format!("publication {publication} leaves out columns of {table} by a column list: {problem}");
+        Some(Finding::new(problem, world.republish(&self.names)))
     }
 
     /// Looks again before it says that something is wrong: the catalog is read by several statements, and a partition that
@@ -141,10 +140,8 @@ impl Postgres {
         let oid = world.table.as_ref().map(|table| table.oid);
         if oid.is_some_and(|oid| !expected.outbox.contains(&oid)) {
             let table = self.names.qualified();
-            return Err(pg::Error::World(vec![Finding {
-                problem: format!("table {table} was dropped and re-created while it was streamed"),
-                remedy: RECREATED.to_owned(),
-            }]));
+            let problem = format!("table {table} was dropped and re-created while it was streamed");
+            return Err(pg::Error::World(vec![Finding::new(problem, Remedy::act(RECREATED).then_act("restart"))]));
         }
         Ok(())
     }

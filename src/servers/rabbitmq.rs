@@ -201,8 +201,17 @@ impl RabbitMq {
 
     /// What `rabbitmqctl --quiet ARGS` against this node prints. It takes about a second: it is an Erlang machine too.
     pub fn ctl(&self, args: &[&str]) -> Result<String, Error> {
+        self.ctl_told(args, "")
+    }
+
+    /// The same, with an answer to what it asks for, such as a password.
+    pub fn ctl_told(&self, args: &[&str], input: &str) -> Result<String, Error> {
         let mut ctl = self.command(&self.root.join(BIN).join("rabbitmqctl"));
-        let output = ctl.arg("--quiet").args(args).output().map_err(Error::io("run rabbitmqctl"))?;
+        ctl.arg("--quiet").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut ctl = ctl.spawn().map_err(Error::io("run rabbitmqctl"))?;
+        // One that asks for nothing may be gone before it is told.
+        let _ = ctl.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+        let output = ctl.wait_with_output().map_err(Error::io("run rabbitmqctl"))?;
         let printed = String::from_utf8_lossy(&output.stdout).into_owned();
         if output.status.success() {
             return Ok(printed);

@@ -16,6 +16,7 @@ use std::time::Duration;
 pub use rabbitmq::RabbitMq;
 pub use stdout::Stdout;
 
+use crate::finding::Finding;
 use crate::outbox::Message;
 use crate::retry::Retry;
 
@@ -118,13 +119,11 @@ pub enum Error {
         problem: String,
     },
     /// The broker is set up in a way that excludes us.
-    #[error("{problem}. Remedy: {remedy}")]
-    Setup {
-        /// What is wrong.
-        problem: String,
-        /// What to do about it.
-        remedy: String,
-    },
+    #[error("{0}")]
+    Setup(Finding),
+    /// The broker lacks something, or refuses us something, that its operator may be mending right now.
+    #[error("{0}")]
+    Lacking(Finding),
 }
 
 /// How a broker refuses a message.
@@ -170,7 +169,7 @@ impl Error {
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
-            Error::Undeliverable { .. } | Error::Setup { .. } => Retry::Never,
+            Error::Undeliverable { .. } | Error::Setup(_) => Retry::Never,
             _ => Retry::Later,
         }
     }

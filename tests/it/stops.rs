@@ -62,7 +62,8 @@ async fn inventory(outbox: &Outbox) -> Option<String> {
 fn statement(log: &str, before: &str) -> String {
     let (_, rest) = log.rsplit_once(before).unwrap_or_else(|| panic!("{before:?} is not in\n{log}"));
     let line = rest.lines().next().unwrap();
-    line.split_once(". ").map_or(line, |(statement, _)| statement).to_owned()
+    let line = line.split_once(". ").map_or(line, |(sentence, _)| sentence);
+    line.split_once("; ").map_or(line, |(statement, _)| statement).to_owned()
 }
 
 /// Runs a verb for this outbox.

@@ -5,9 +5,10 @@
 use std::path::{Path, PathBuf};
 
 /// What a room (files whose path below `src/` starts so) never names.
-const NEVER: [(&str, &[&str]); 16] = [
+const NEVER: [(&str, &[&str]); 17] = [
     ("lsn", &["crate::"]),
     ("retry", &["crate::"]),
+    ("finding", &["crate::"]),
     // What both doors share may know neither.
     ("tls/", &["crate::", "tokio::"]),
     ("pg/pgoutput", &["tokio", "std::net", "crate::outbox", "crate::relay", "crate::sink", "crate::config"]),

@@ -121,7 +121,7 @@ async fn check_says_every_fault_at_once_as_text_and_as_json() {
     for problem in ["slot", "publication", "table"] {
         assert!(out.lines().any(|line| line.starts_with("WRONG") && line.contains(problem)), "{problem} in\n{out}");
     }
-    assert_eq!(out.matches("remedy: ").count(), out.matches("WRONG").count(), "{out}");
+    assert_eq!(out.matches("\n       shell: pgoutbox init\n").count(), out.matches("WRONG").count(), "{out}");
     let (code, out, _) = verb(&outbox, &["check", "--json"]);
     assert_eq!(code, WORLD);
     let lines: Json = serde_json::from_str(&out).unwrap();
@@ -144,7 +144,7 @@ async fn check_looks_at_the_broker_and_declares_nothing_there() {
     assert_eq!(verb(&outbox, &strict).0, WORLD, "`check` did not");
     outbox.amqp = "amqp://guest:guest@127.0.0.1:1/%2f".to_owned();
     let (code, out, _) = verb(&outbox, &["check"]);
-    assert!(code == WORLD && out.contains("WRONG RabbitMQ at 127.0.0.1:1"), "{out}");
+    assert!(code == WORLD && out.contains("WRONG  RabbitMQ at 127.0.0.1:1"), "{out}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -166,8 +166,12 @@ async fn status_tells_where_the_slot_stands_and_who_holds_it() {
         status["held_by_pid"].is_i64() && status["lag_seconds"].as_f64().is_some_and(|seconds| seconds >= 0.0)
     })
     .await;
-    let (code, out, _) = verb(&outbox, &["status"]);
+    let probe = format!("http.listen=127.0.0.1:{}", relay.port());
+    let (code, out, _) = verb(&outbox, &["status", "--set", &probe]);
     assert!(code == 0 && out.contains("wal_status") && out.contains("reserved"), "{out}");
+    for part in ["pgoutbox from 127.0.0.1, streaming", "problems     none", ": ready\n"] {
+        assert!(out.contains(part), "{part:?} is not in\n{out}");
+    }
     assert_eq!(relay.stop(), 0);
     outbox.sql(&format!("select pg_drop_replication_slot('{}')", outbox.name)).await;
     let (code, _, err) = verb(&outbox, &["status"]);
@@ -185,7 +189,7 @@ async fn tail_prints_committed_rows_without_any_slot_of_the_relay_and_moves_nobo
     let mut tail = tail.env_remove("AMQP_URL").stdout(Stdio::piped()).spawn().unwrap();
     let slots =
         "select count(*) from pg_replication_slots where temporary and active and database = current_database()";
-    eventually("tail has a slot of its own", || async { outbox.text(slots).await.as_deref() == Some("1") }).await;
+    tail_streams(&outbox).await;
     outbox
         .sql("begin; insert into outbox (aggregatetype, aggregateid, type) values ('x', '1', 'undone'); rollback")
         .await;
@@ -205,10 +209,77 @@ async fn tail_prints_committed_rows_without_any_slot_of_the_relay_and_moves_nobo
 async fn tail_says_what_is_wrong_but_not_that_a_slot_is_missing() {
     let outbox = empty().await;
     let (code, _, err) = verb(&outbox, &["tail"]);
-    assert!(
-        code == WORLD && err.contains("table public.outbox does not exist") && !err.contains("replication slot"),
-        "{err}"
-    );
+    for problem in ["table public.outbox does not exist", "publication pgoutbox does not exist"] {
+        assert!(code == WORLD && err.contains(problem), "{err}");
+    }
+    assert!(!err.contains("replication slot"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tail_prints_only_the_rows_that_are_asked_for() {
+    let outbox = outbox().await;
+    let mut tail = command(&outbox, &["tail", "--type", "placed", "--type", "paid", "--aggregate", "order:1"]);
+    let mut tail = tail.stdout(Stdio::piped()).spawn().unwrap();
+    tail_streams(&outbox).await;
+    outbox.insert("cancelled").await;
+    outbox.sql("insert into outbox (aggregatetype, aggregateid, type) values ('order', '2', 'placed')").await;
+    outbox.sql("insert into outbox (aggregatetype, aggregateid, type) values ('user', '1', 'placed')").await;
+    let id = outbox.insert("paid").await;
+    let mut line = String::new();
+    BufReader::new(tail.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    tail.kill().unwrap();
+    tail.wait().unwrap();
+    assert!(line.contains(&id), "{line}");
+}
+
+/// A slot is there before it is of use: a row that is committed then is not in its stream.
+async fn tail_streams(outbox: &Outbox) {
+    let slots = "select count(*) from pg_replication_slots where temporary and active \
+        and confirmed_flush_lsn is not null and database = current_database()";
+    eventually("tail has a slot of its own", || async { outbox.text(slots).await.as_deref() == Some("1") }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_tells_what_is_wrong_and_how_the_relay_is() {
+    let outbox = outbox().await;
+    outbox.sql("alter publication pgoutbox drop table outbox").await;
+    let status = |more: &[&str]| {
+        let (code, out, err) = verb(&outbox, &[&["status", "--json"], more].concat());
+        assert_eq!(code, 0, "{err}");
+        serde_json::from_str::<Json>(&out).unwrap()
+    };
+    let told = status(&["--set", "http.listen="]);
+    let problem = told["problems"][0].as_str().unwrap();
+    assert!(problem.contains("does not cover table public.outbox. Remedy: ALTER PUBLICATION"), "{told}");
+    assert_eq!((&told["relay"], &told["publication"]), (&Json::Null, &Json::from("pgoutbox")));
+    outbox.sql("alter publication pgoutbox add table outbox").await;
+    let silent = status(&["--set", "http.listen=127.0.0.1:1"]);
+    assert!(silent["problems"].as_array().unwrap().is_empty() && silent["relay"]["answers"] == false, "{silent}");
+    // A relay that waits for its broker says so.
+    let relay = Relay::start_at(&outbox.url, "amqp://guest:guest@127.0.0.1:1/%2f", &outbox.name, &[]);
+    let probe = format!("http.listen=0.0.0.0:{}", relay.port());
+    eventually("it says why it is not ready", || async {
+        let told = status(&["--set", &probe]);
+        told["relay"]["ready"] == false && told["relay"]["reasons"].to_string().contains("127.0.0.1:1")
+    })
+    .await;
+    relay.kill();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_is_watched_line_by_line_until_nobody_reads() {
+    let outbox = outbox().await;
+    let mut watch = command(&outbox, &["status", "--json", "--watch", "1"]);
+    let mut watch = watch.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut next = || serde_json::from_str::<Json>(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(next()["slot"], outbox.name);
+    outbox.sql(&format!("select pg_drop_replication_slot('{}')", outbox.name)).await;
+    outbox.create_slot().await;
+    let confirmed = outbox.confirmed().await.to_string();
+    while next()["confirmed_lsn"] != confirmed.as_str() {}
+    drop(lines);
+    assert!(watch.wait().unwrap().success(), "its reader went, and it with it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -216,12 +287,29 @@ async fn drop_asks_first_and_removes_slot_and_publication_but_never_the_table() 
     let outbox = outbox().await;
     outbox.insert("placed").await;
     let before = inventory(&outbox).await;
-    for answer in ["n\n", "", "perhaps\n"] {
-        let mut drop = command(&outbox, &["drop"]);
-        let mut drop = drop.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let answered = |mut drop: Command, answer: &str| {
+        let drop = drop.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut drop = drop.spawn().unwrap();
         drop.stdin.take().unwrap().write_all(answer.as_bytes()).unwrap();
-        let (code, out, _) = told(&drop.wait_with_output().unwrap());
-        assert!(code == 0 && out.contains("will never be published") && out.contains("nothing changed"), "{out}");
+        told(&drop.wait_with_output().unwrap())
+    };
+    // Who is no terminal cannot be asked, whatever it says.
+    for answer in ["n\n", "", "y\n"] {
+        let (code, out, err) = answered(command(&outbox, &["drop"]), answer);
+        assert!(code == USAGE && err.contains("--yes") && !err.contains("configuration"), "{err}");
+        assert!(out.contains("will never be published; 1 wait there"), "{out}");
+        assert_eq!(inventory(&outbox).await, before);
+    }
+    // `script` gives it a terminal.
+    let with_terminal = || {
+        let mut script = Command::new("script");
+        script.args(["-qec", &format!("{} drop", env!("CARGO_BIN_EXE_pgoutbox")), "/dev/null"]);
+        script.envs(environment(&outbox.url, &outbox.amqp, &outbox.name));
+        script
+    };
+    for answer in ["n\n", "perhaps\n"] {
+        let (code, out, _) = answered(with_terminal(), answer);
+        assert!(code == 0 && out.contains("drop them?") && out.contains("nothing changed"), "{out}");
         assert_eq!(inventory(&outbox).await, before);
     }
     let _consumer = Consumer::start(&outbox).await;
@@ -236,7 +324,13 @@ async fn drop_asks_first_and_removes_slot_and_publication_but_never_the_table() 
     assert_eq!(outbox.text("select count(*) from outbox").await.as_deref(), Some("1"));
     let left = inventory(&outbox).await.unwrap();
     assert!(left.starts_with("table outbox") && !left.contains("publication"), "{left}");
-    assert_eq!(verb(&outbox, &["drop", "--yes"]).0, 0, "nothing left is fine");
+    let (code, out, _) = verb(&outbox, &["drop"]);
+    assert!(code == 0 && out.contains("nothing to drop"), "nothing left is fine: {out}");
+    outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
+    outbox.create_slot().await;
+    let (code, out, _) = answered(with_terminal(), "y\n");
+    assert!(code == 0 && out.contains("none waits there") && out.contains("publication pgoutbox dropped"), "{out}");
+    assert_eq!(inventory(&outbox).await.unwrap(), left);
 }
 
 #[test]

@@ -289,7 +289,7 @@ fn interrupts() -> Result<watch::Receiver<u32>, Error> {
 
 fn failed<E: std::error::Error + 'static>(what: &str) -> impl FnOnce(E) -> Error {
     let what = what.to_owned();
-    move |error| Error::Demo(format!("{what}: {}", crate::relay::explain(&error)))
+    move |error| Error::Demo(format!("{what}: {}", crate::finding::explain(&error)))
 }
 
 /// Nothing here leaves it half-changed, so a panic elsewhere does not spoil it.

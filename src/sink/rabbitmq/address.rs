@@ -172,6 +172,16 @@ impl Address {
         })
     }
 
+    /// Who we are there.
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
+    /// The virtual host.
+    pub fn vhost(&self) -> &str {
+        &self.vhost
+    }
+
     /// Whether it is `amqps://`.
     pub fn is_tls(&self) -> bool {
         self.tls.is_some()

@@ -7,13 +7,15 @@
 use std::future::Future;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
 use super::address::{Address, Mechanism};
-use super::frames::{Close, Fault, Word};
+use super::frames::{Fault, Word};
 use super::link::{Link, Stream};
-use super::{Settings, broken, explain, refused_exchange, sentence, tls, wire};
+use super::refusal::Account;
+use super::{Settings, tls, wire};
 use crate::metrics::Metrics;
 use crate::sink::Error;
 
@@ -46,6 +48,22 @@ pub(super) async fn answer<T>(during: &'static str, pending: impl Future<Output 
 
 /// Opens a connection and its channel, and makes sure of the exchange.
 pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
+    let account = Account::of(address, settings);
+    let mut opened = enter(address, &account, metrics).await?;
+    let link = &mut opened.link;
+    let failed = |fault: Fault| account.failure(&fault);
+    let channel = |word: &Word| matches!(word, Word::ChannelOpenOk);
+    ask(link, metrics, "opening a channel", wire::channel_open, channel).await?.map_err(failed)?;
+    let declare = |out: &mut BytesMut| wire::exchange_declare(out, &settings.exchange, settings.declare);
+    let declared = |word: &Word| matches!(word, Word::ExchangeDeclareOk);
+    ask(link, metrics, "declaring the exchange", declare, declared).await?.map_err(failed)?;
+    let selected = |word: &Word| matches!(word, Word::ConfirmSelectOk);
+    ask(link, metrics, "selecting confirms", wire::confirm_select, selected).await?.map_err(failed)?;
+    Ok(opened)
+}
+
+/// Opens a connection, without a channel.
+pub(super) async fn enter(address: &Address, account: &Account, metrics: &Metrics) -> Result<Opened, Error> {
     let unreachable = |problem: String| Error::Unreachable { host: address.to_string(), problem };
     let socket = reach(address).await.map_err(unreachable)?;
     let greeting = async {
@@ -57,25 +75,19 @@ pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metri
         greet(&mut link, address, metrics).await.map(|greeted| greeted.opened(link))
     };
     let greeted = timeout(ANSWER_TIMEOUT, greeting).await.map_err(|_| unreachable(late(ANSWER_TIMEOUT)))?;
-    let mut opened = greeted.map_err(|fault| unreachable(explain_login(&fault, address)))?;
-    let link = &mut opened.link;
-    let opening = async {
-        wire::channel_open(link.output.tail());
-        heard(link, metrics, |word| matches!(word, Word::ChannelOpenOk)).await
-    };
-    answer("opening a channel", opening).await?.map_err(|fault| broken(&fault))?;
-    let declaring = async {
-        wire::exchange_declare(link.output.tail(), &settings.exchange, settings.declare);
-        heard(link, metrics, |word| matches!(word, Word::ExchangeDeclareOk)).await
-    };
-    let declared = answer("declaring the exchange", declaring).await?;
-    declared.map_err(|fault| refused_exchange(&settings.exchange, &fault))?;
-    let selecting = async {
-        wire::confirm_select(link.output.tail());
-        heard(link, metrics, |word| matches!(word, Word::ConfirmSelectOk)).await
-    };
-    answer("selecting confirms", selecting).await?.map_err(|fault| broken(&fault))?;
-    Ok(opened)
+    greeted.map_err(|fault| account.outside(&fault))
+}
+
+/// Says something and waits for its answer.
+pub(super) async fn ask(
+    link: &mut Link,
+    metrics: &Metrics,
+    during: &'static str,
+    say: impl FnOnce(&mut BytesMut),
+    wanted: impl Fn(&Word) -> bool,
+) -> Result<Result<Word, Fault>, Error> {
+    say(link.output.tail());
+    answer(during, heard(link, metrics, wanted)).await
 }
 
 fn late(after: Duration) -> String {
@@ -207,23 +219,6 @@ fn stranger(link: &Link, address: &Address, fault: Fault) -> Fault {
     }
 }
 
-/// What ended a greeting, with what only the URL tells about it.
-fn explain_login(fault: &Fault, address: &Address) -> String {
-    match fault {
-        Fault::Closed(close) if close.code == 403 && address.is_guest() && !address.is_loopback() => format!(
-            "the broker refuses user guest, whom RabbitMQ lets in from its own machine only ({}). Remedy: make a user \
-             (rabbitmqctl add_user, rabbitmqctl set_permissions) and name it in rabbitmq.url",
-            sentence(&close.text)
-        ),
-        Fault::Closed(close) if close.code == 530 && address.vhost.is_empty() => format!(
-            "the broker closed the connection: {}. Remedy: leave out the `/` at the end of rabbitmq.url, which names the \
-             vhost of the empty name; the vhost / is /%2F or nothing at all",
-            sentence(&close.text)
-        ),
-        fault => explain(fault),
-    }
-}
-
 fn unexpected() -> Fault {
     Fault::Protocol("an unexpected method".to_owned())
 }
@@ -243,9 +238,4 @@ async fn heard(link: &mut Link, metrics: &Metrics, wanted: impl Fn(&Word) -> boo
         }
         link.moved().await?;
     }
-}
-
-/// Whether this is about declaring an exchange.
-pub(super) fn is_about_exchange(close: &Close) -> bool {
-    close.method == (40, 10)
 }

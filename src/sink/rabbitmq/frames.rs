@@ -51,6 +51,8 @@ pub(super) enum Word {
     ChannelClose(Close),
     ExchangeDeclareOk,
     ConfirmSelectOk,
+    TxSelectOk,
+    TxRollbackOk,
     Return(Refusal),
     Ack { tag: u64, multiple: bool },
     Nack { tag: u64, multiple: bool },
@@ -168,6 +170,8 @@ impl<'a> Cursor<'a> {
             (20, 40) => Word::ChannelClose(self.close()?),
             (40, 11) => Word::ExchangeDeclareOk,
             (85, 11) => Word::ConfirmSelectOk,
+            (90, 11) => Word::TxSelectOk,
+            (90, 31) => Word::TxRollbackOk,
             (60, 50) => {
                 self.u16()?;
                 self.short_text()?;
@@ -225,7 +229,7 @@ impl<'a> Cursor<'a> {
 #[cfg(test)]
 mod tests {
     use amq_protocol::frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame};
-    use amq_protocol::protocol::{AMQPClass, basic, connection};
+    use amq_protocol::protocol::{AMQPClass, basic, connection, tx};
     use amq_protocol::types::{AMQPValue, FieldArray, FieldTable};
 
     use super::*;
@@ -353,6 +357,8 @@ mod tests {
                 Word::Header { message_id: String::new(), body_bytes: 0 },
             ),
             (AMQPFrame::Body(1, vec![1, 2, 3]), Word::Body { bytes: 3 }),
+            (AMQPFrame::Method(1, AMQPClass::Tx(tx::AMQPMethod::SelectOk(tx::SelectOk {}))), Word::TxSelectOk),
+            (AMQPFrame::Method(1, AMQPClass::Tx(tx::AMQPMethod::RollbackOk(tx::RollbackOk {}))), Word::TxRollbackOk),
             (AMQPFrame::Heartbeat, Word::Heartbeat),
         ]
     }

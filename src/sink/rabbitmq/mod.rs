@@ -3,7 +3,8 @@
 //! Our own client of the fifteen methods that a publisher needs, because it decides what counts as held: it sees returns
 //! and confirms in the order of the wire, and writes a run in one call. In reading order: `address` (the URL), `connect`
 //! (from there to a channel, with `tls`), `session` (one task that owns the rest), `link` (the socket), `wire` (what we
-//! say), `frames` (what the broker says), `ledger` (what it holds).
+//! say), `frames` (what the broker says), `ledger` (what it holds), `refusal` (what it means when it says no). `probe` and
+//! `management` look, for `check`.
 //!
 //! The trap: a connection that survives an error looks like help. Only the relay knows from where to publish again, so
 //! nothing here recovers: the first fault ends the session.
@@ -13,6 +14,9 @@ mod connect;
 mod frames;
 mod ledger;
 mod link;
+mod management;
+pub mod probe;
+mod refusal;
 mod session;
 mod tls;
 mod wire;
@@ -25,9 +29,12 @@ use tokio::time::timeout;
 
 pub use self::address::{Address, Files};
 use self::connect::answer;
-use self::frames::{Close, FRAME_OVERHEAD, Fault};
+use self::frames::FRAME_OVERHEAD;
+use self::refusal::Account;
+pub use self::refusal::set_permissions;
 use self::session::{Command, Session};
 use super::{Error, Receipt, Sink};
+use crate::finding::{Finding, Remedy};
 use crate::metrics::Metrics;
 use crate::outbox::Message;
 
@@ -97,10 +104,8 @@ impl RabbitMq {
     /// Every host's, as one.
     pub async fn open(settings: &Settings, metrics: Arc<Metrics>) -> Result<Self, Error> {
         if !wire::short_fits(&settings.exchange) {
-            return Err(Error::Setup {
-                problem: format!("the exchange's name has {} bytes where AMQP takes 255", settings.exchange.len()),
-                remedy: "set rabbitmq.exchange to a shorter one".to_owned(),
-            });
+            let problem = format!("the exchange's name has {} bytes where AMQP takes 255", settings.exchange.len());
+            return Err(Error::Setup(Finding::new(problem, Remedy::act("set rabbitmq.exchange to a shorter one"))));
         }
         let mut errors = Vec::new();
         for address in &settings.addresses {
@@ -120,7 +125,7 @@ impl RabbitMq {
         };
         let server = format!("{} {}", opened.product, opened.version);
         let header_bytes_max = opened.link.frame_max.saturating_sub(FRAME_OVERHEAD);
-        let session = Session::start(opened, settings.exchange.clone(), metrics.clone());
+        let session = Session::start(opened, Account::of(address, settings), metrics.clone());
         tracing::debug!(server, message_bytes_max, "a session with the broker is open");
         Ok(Self { session, server, message_bytes_max, header_bytes_max, published: 0 })
     }
@@ -144,20 +149,11 @@ impl Sink for RabbitMq {
     }
 
     fn admit(&self, message: &Message) -> Result<(), Error> {
-        let (body, max) = (message.body.len() as u64, self.message_bytes_max);
-        let key = &*message.destination;
-        let problem = match wire::header_bytes(message) {
-            Err(name) => format!("a name of {} bytes where AMQP takes 255", name.len()),
-            Ok(_) if !wire::short_fits(key) => format!("its routing key has {} bytes where AMQP takes 255", key.len()),
-            Ok(_) if body > max => {
-                format!("its body has {body} bytes; the broker takes {max} (rabbitmq.message_bytes_max)")
-            }
-            Ok(header) if header > self.header_bytes_max => {
-                format!("its headers have {header} bytes; one frame takes {}", self.header_bytes_max)
-            }
-            Ok(_) => return Ok(()),
-        };
-        Err(Error::Undeliverable { id: message.id.to_string(), problem })
+        let limits = Limits { body_bytes: self.message_bytes_max, header_bytes: self.header_bytes_max };
+        match limits.forbid(message, message.body.len() as u64) {
+            Some(problem) => Err(Error::Undeliverable { id: message.id.to_string(), problem }),
+            None => Ok(()),
+        }
     }
 
     async fn check(&mut self) -> Result<(), Error> {
@@ -175,7 +171,7 @@ impl Sink for RabbitMq {
 
 /// What several hosts said: one that was reached and needs a human tells more than one that was not.
 fn all(mut errors: Vec<Error>) -> Error {
-    let setup = errors.iter().position(|error| matches!(error, Error::Setup { .. }));
+    let setup = errors.iter().position(|error| matches!(error, Error::Setup(_)));
     match errors.len() {
         0 => Error::Broken("no host is configured".to_owned()),
         1 => errors.remove(0),
@@ -186,6 +182,32 @@ fn all(mut errors: Vec<Error>) -> Error {
     }
 }
 
+/// What the broker takes of one message.
+struct Limits {
+    body_bytes: u64,
+    header_bytes: usize,
+}
+
+impl Limits {
+    /// Why this message, with a body of so many bytes, is impossible.
+    fn forbid(&self, message: &Message, body: u64) -> Option<String> {
+        let (key, max) = (&*message.destination, self.body_bytes);
+        match wire::header_bytes(message) {
+            Err(name) => Some(format!("a name of {} bytes where AMQP takes 255", name.len())),
+            Ok(_) if !wire::short_fits(key) => {
+                Some(format!("its routing key has {} bytes where AMQP takes 255", key.len()))
+            }
+            Ok(_) if body > max => {
+                Some(format!("its body has {body} bytes; the broker takes {max} (rabbitmq.message_bytes_max)"))
+            }
+            Ok(header) if header > self.header_bytes => {
+                Some(format!("its headers have {header} bytes; one frame takes {}", self.header_bytes))
+            }
+            Ok(_) => None,
+        }
+    }
+}
+
 /// The default of a broker's `max_message_size`.
 fn message_bytes_max(product: &str, version: &str) -> u64 {
     let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
@@ -193,64 +215,4 @@ fn message_bytes_max(product: &str, version: &str) -> u64 {
         ("RabbitMQ", Some(3)) => MESSAGE_BYTES_MAX_3,
         _ => MESSAGE_BYTES_MAX,
     }
-}
-
-/// What a fault in an open session means.
-fn failure(exchange: &str, fault: &Fault) -> Error {
-    const PUBLISH: (u16, u16) = (60, 40);
-    match fault {
-        Fault::Closed(close) if connect::is_about_exchange(close) => refused_exchange(exchange, fault),
-        // Publishing it again would close the channel again, for ever.
-        Fault::Closed(Close { code: 406, text, method: PUBLISH }) if text.contains("larger than") => Error::Setup {
-            problem: sentence(text).to_owned(),
-            remedy: "set rabbitmq.message_bytes_max to the broker's max_message_size, so that the row is named"
-                .to_owned(),
-        },
-        fault => broken(fault),
-    }
-}
-
-/// Why the exchange cannot be declared, or looked at.
-fn refused_exchange(exchange: &str, fault: &Fault) -> Error {
-    let code = if let Fault::Closed(close) = fault { close.code } else { 0 };
-    match code {
-        406 => Error::Setup {
-            problem: format!("exchange {exchange} exists and is not a durable topic exchange"),
-            remedy: "set rabbitmq.declare = false to use it as it is, or choose another rabbitmq.exchange".to_owned(),
-        },
-        404 => Error::Broken(format!(
-            "exchange {exchange} does not exist. Remedy: create it, or set rabbitmq.declare = true"
-        )),
-        403 => Error::Broken(format!(
-            "the broker refuses access to exchange {exchange}. Remedy: give the user configure (or set rabbitmq.declare = \
-             false) and write permission for it"
-        )),
-        _ => broken(fault),
-    }
-}
-
-fn broken(fault: &Fault) -> Error {
-    Error::Broken(explain(fault))
-}
-
-/// What happened, with a remedy where the broker's code tells one. Never a URI, never a body.
-fn explain(fault: &Fault) -> String {
-    let close = match fault {
-        Fault::Lost(problem) => return problem.clone(),
-        Fault::Protocol(problem) => return format!("the broker broke the protocol: {problem}"),
-        Fault::Closed(close) => close,
-    };
-    let text = sentence(&close.text);
-    let remedy = match close.code {
-        403 => "check user, password, vhost and permissions of rabbitmq.url",
-        404 => "create what is missing, or set rabbitmq.declare = true",
-        530 => "check the vhost of rabbitmq.url, and that the user may use it",
-        _ => return format!("the broker closed the connection: {text}"),
-    };
-    format!("the broker closed the connection: {text}. Remedy: {remedy}")
-}
-
-/// RabbitMQ ends its sentences, ours go on.
-fn sentence(text: &str) -> &str {
-    text.trim_end_matches('.')
 }

@@ -19,7 +19,8 @@ use super::connect::Opened;
 use super::frames::{Fault, Word};
 use super::ledger::Ledger;
 use super::link::Link;
-use super::{failure, wire};
+use super::refusal::Account;
+use super::wire;
 use crate::metrics::Metrics;
 use crate::outbox::Message;
 use crate::sink::{Error, Receipt, Refusal};
@@ -60,13 +61,13 @@ impl Drop for Session {
 }
 
 impl Session {
-    pub(super) fn start(opened: Opened, exchange: String, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn start(opened: Opened, account: Account, metrics: Arc<Metrics>) -> Self {
         let (commands, receiver) = mpsc::unbounded_channel();
         let (sender, progress) = watch::channel(Progress::default());
         let task = Task {
             link: opened.link,
             ledger: Ledger::default(),
-            exchange,
+            account,
             metrics,
             progress: sender,
             checks: VecDeque::new(),
@@ -134,7 +135,7 @@ enum Returning {
 struct Task {
     link: Link,
     ledger: Ledger,
-    exchange: String,
+    account: Account,
     metrics: Arc<Metrics>,
     progress: watch::Sender<Progress>,
     checks: VecDeque<oneshot::Sender<()>>,
@@ -164,7 +165,7 @@ impl Task {
                 Ok(is_over) => self.ledger.settle().err().map(Some).or(is_over.then_some(None)),
                 Err(fault) => {
                     let refused = if matches!(fault, Fault::Protocol(_)) { Ok(()) } else { self.ledger.settle() };
-                    Some(Some(refused.err().unwrap_or_else(|| failure(&self.exchange, &fault))))
+                    Some(Some(refused.err().unwrap_or_else(|| self.account.failure(&fault))))
                 }
             };
             let (is_over, failure) = (ended.is_some(), ended.flatten());
@@ -189,12 +190,12 @@ impl Task {
         match command {
             Command::Publish(run) => {
                 for message in run {
-                    wire::publish(output, &self.exchange, &message, self.link.frame_max);
+                    wire::publish(output, &self.account.exchange, &message, self.link.frame_max);
                     self.ledger.publish(message.id, output.end());
                 }
             }
             Command::Check(answered) => {
-                wire::exchange_declare(output.tail(), &self.exchange, false);
+                wire::exchange_declare(output.tail(), &self.account.exchange, false);
                 self.checks.push_back(answered);
             }
             Command::Close => {
@@ -306,7 +307,15 @@ mod tests {
             product: String::new(),
             version: String::new(),
         };
-        (Session::start(opened, "ex".to_owned(), Arc::new(Metrics::new())), theirs)
+        let account = Account {
+            host: "h:5672".to_owned(),
+            user: "u".to_owned(),
+            vhost: "/".to_owned(),
+            exchange: "ex".to_owned(),
+            declare: true,
+            is_guest_from_afar: false,
+        };
+        (Session::start(opened, account, Arc::new(Metrics::new())), theirs)
     }
 
     fn message(id: u64, body: usize) -> Message {

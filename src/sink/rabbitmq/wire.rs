@@ -136,6 +136,51 @@ pub(super) fn exchange_declare(out: &mut BytesMut, exchange: &str, create: bool)
     });
 }
 
+/// A declare that no broker can obey: of its argument's type there is no alternate exchange. Whether we may declare the
+/// exchange is decided before that is seen.
+pub(super) fn exchange_declare_in_vain(out: &mut BytesMut, exchange: &str) {
+    const DURABLE: u8 = 2;
+    method(out, CHANNEL, 40, 10, |out| {
+        out.put_u16(0);
+        short(out, exchange);
+        short(out, "topic");
+        out.put_u8(DURABLE);
+        table(out, &[(ByteString::from_static("alternate-exchange"), HeaderValue::Int(0))]);
+    });
+}
+
+pub(super) fn channel_close_ok(out: &mut BytesMut) {
+    method(out, CHANNEL, 20, 41, |_| {});
+}
+
+/// From here on nothing is published before a commit.
+pub(super) fn tx_select(out: &mut BytesMut) {
+    method(out, CHANNEL, 90, 10, |_| {});
+}
+
+pub(super) fn tx_rollback(out: &mut BytesMut) {
+    method(out, CHANNEL, 90, 30, |_| {});
+}
+
+/// An empty message for a transaction that is rolled back. With the name of another user the broker refuses it even there,
+/// after it has looked at permissions and before it has looked at bindings.
+pub(super) fn publish_in_vain(out: &mut BytesMut, exchange: &str, routing_key: &str, user: Option<&str>) {
+    const USER_ID: u16 = 1 << 4;
+    method(out, CHANNEL, 60, 40, |out| {
+        out.put_u16(0);
+        short(out, exchange);
+        short(out, routing_key);
+        out.put_u8(0);
+    });
+    frame(out, 2, CHANNEL, |out| {
+        out.put_u16(60);
+        out.put_u16(0);
+        out.put_u64(0);
+        out.put_u16(if user.is_some() { USER_ID } else { 0 });
+        user.into_iter().for_each(|user| short(out, user));
+    });
+}
+
 pub(super) fn confirm_select(out: &mut BytesMut) {
     method(out, CHANNEL, 85, 10, |out| out.put_u8(0));
 }
@@ -286,7 +331,7 @@ fn field_bytes(value: &HeaderValue) -> Result<usize, &str> {
 #[cfg(test)]
 mod tests {
     use amq_protocol::frame::{AMQPFrame, parse_frame};
-    use amq_protocol::protocol::{AMQPClass, basic, connection, exchange};
+    use amq_protocol::protocol::{AMQPClass, basic, connection, exchange, tx};
     use amq_protocol::types::AMQPValue;
 
     use super::*;
@@ -419,6 +464,35 @@ mod tests {
             assert!(!declare.auto_delete && !declare.internal);
         }
         assert_eq!(frames[7], AMQPFrame::Heartbeat);
+    }
+
+    #[test]
+    fn what_is_said_in_vain_is_understood_by_an_independent_parser() {
+        let mut out = BytesMut::new();
+        exchange_declare_in_vain(&mut out, "ex");
+        channel_close_ok(&mut out);
+        tx_select(&mut out);
+        publish_in_vain(&mut out, "ex", "key", None);
+        publish_in_vain(&mut out, "ex", "key", Some("nobody"));
+        tx_rollback(&mut out);
+        let frames: Vec<AMQPFrame> = parsed(&out).into_iter().map(|(frame, _)| frame).collect();
+        let AMQPFrame::Method(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare))) = &frames[0] else {
+            panic!("{:?}", frames[0])
+        };
+        assert!(!declare.passive && declare.durable && declare.exchange.as_str() == "ex");
+        assert_eq!(declare.arguments.inner()["alternate-exchange"], AMQPValue::LongLongInt(0));
+        let is_tx = |frame: &AMQPFrame, tx: tx::AMQPMethod| *frame == AMQPFrame::Method(1, AMQPClass::Tx(tx));
+        assert!(is_tx(&frames[2], tx::AMQPMethod::Select(tx::Select {})));
+        assert!(is_tx(&frames[7], tx::AMQPMethod::Rollback(tx::Rollback {})));
+        for (method, header, user) in [(3, 4, None), (5, 6, Some("nobody"))] {
+            let AMQPFrame::Method(1, AMQPClass::Basic(basic::AMQPMethod::Publish(publish))) = &frames[method] else {
+                panic!("{:?}", frames[method])
+            };
+            assert_eq!((publish.exchange.as_str(), publish.routing_key.as_str()), ("ex", "key"));
+            let AMQPFrame::Header(1, header) = &frames[header] else { panic!("{:?}", frames[header]) };
+            assert_eq!(header.body_size, 0);
+            assert_eq!(header.properties.user_id().as_ref().map(|user| user.as_str()), user);
+        }
     }
 
     #[test]

@@ -167,8 +167,8 @@ async fn every_refused_login_names_host_role_database_and_what_mends_it() {
     for (url, part) in [
         (postgres.url_for("by_scram", Some("wrong"), "postgres"), "check user and password in postgres.url"),
         (url("by_scram"), line.as_str()),
-        (url("unlisted"), "reload it: host postgres unlisted 127.0.0.1/32 scram-sha-256 ("),
-        (url("nobody"), "create the role, or let it log in: ALTER ROLE nobody LOGIN"),
+        (url("unlisted"), "pg_hba.conf: host postgres unlisted 127.0.0.1/32 scram-sha-256, then"),
+        (url("nobody"), "CREATE ROLE nobody LOGIN REPLICATION;"),
         (url("nologin"), "ALTER ROLE nologin LOGIN"),
         (url("plain"), "ALTER ROLE plain REPLICATION"),
         (postgres.url_for("by_trust", None, "nowhere"), "check the database in postgres.url"),

@@ -136,7 +136,7 @@ struct Authority {
 
 /// A certificate and its key, as PEM.
 #[derive(Clone)]
-struct Issued {
+pub(crate) struct Issued {
     certificate: String,
     key: String,
 }
@@ -177,7 +177,7 @@ fn named(names: &[&str], common_name: &str) -> CertificateParams {
     params
 }
 
-fn self_signed(algorithm: &'static SignatureAlgorithm) -> Issued {
+pub(crate) fn self_signed(algorithm: &'static SignatureAlgorithm) -> Issued {
     let key = KeyPair::generate_for(algorithm).unwrap();
     let certificate = named(&["localhost", "127.0.0.1"], "localhost").self_signed(&key).unwrap();
     Issued { certificate: certificate.pem(), key: key.serialize_pem() }
@@ -198,7 +198,7 @@ fn openssl(arguments: &[&str], directory: &Path) {
 }
 
 /// From now on the server shows this certificate.
-fn show(postgres: &Postgres, issued: &Issued) {
+pub(crate) fn show(postgres: &Postgres, issued: &Issued) {
     install(postgres, "server.crt", &issued.certificate);
     install(postgres, "server.key", &issued.key);
     postgres.append_conf("ssl = on").unwrap();

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pgoutbox::finding::{Finding, Remedy};
 use pgoutbox::metrics::Metrics;
 use pgoutbox::outbox::Message;
 use pgoutbox::relay::Broker;
@@ -58,7 +59,7 @@ impl Broker for FakeBroker {
         }
         if world.strikes(Fault::BrokerSetup) {
             world.with(|state| (state.lives[self.life].condemned, state.lives[self.life].doomed) = (true, true));
-            return Err(Error::Setup { problem: "the fake is set up wrong".to_owned(), remedy: String::new() });
+            return Err(Error::Setup(Finding::new("the fake is set up wrong", Remedy::default())));
         }
         let (socket, incoming) = mpsc::unbounded_channel();
         let (confirms, confirmed) = watch::channel(Confirmed::default());

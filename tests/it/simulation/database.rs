@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use pgoutbox::finding::{Finding, Remedy};
 use pgoutbox::lsn::Lsn;
 use pgoutbox::outbox::Tables;
 use pgoutbox::pg::replication::Identity;
-use pgoutbox::pg::{Error, Finding, ServerError};
+use pgoutbox::pg::{Error, ServerError};
 use pgoutbox::relay::{self, Database, Opened, Progress, Watch};
 use tokio::time::{Instant, sleep};
 
@@ -153,7 +154,7 @@ fn watch(world: World, life: usize) -> Watch {
             }
             if world.strikes(Fault::WorldChanges) {
                 world.with(|state| (state.lives[life].condemned, state.lives[life].doomed) = (true, true));
-                return Error::World(vec![Finding { problem: "the fake changed".to_owned(), remedy: String::new() }]);
+                return Error::World(vec![Finding::new("the fake changed", Remedy::default())]);
             }
         }
     })

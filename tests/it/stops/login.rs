@@ -8,7 +8,7 @@ use pgoutbox::servers::Postgres;
 use super::{WORLD, ended, statement, stops};
 use crate::support::consumer::Consumer;
 use crate::support::relay::Relay;
-use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+use crate::support::{Outbox, eventually, shared_postgres, shared_postgres_18, shared_rabbitmq};
 
 const RIGHT: &str = "right-canary-4711";
 const WRONG: &str = "wrong-canary-0815";
@@ -28,9 +28,38 @@ async fn a_role_that_may_not_replicate_is_mended_by_the_remedy() {
     outbox.url = shared_postgres().url_for(&role, None, &outbox.name);
     let log = stops(&outbox, WORLD, &[&format!("role {role} may not replicate")]).await;
     let remedy = statement(&log, "Remedy: ");
-    outbox.sql(remedy.split(" (").next().unwrap()).await;
+    outbox.sql(&remedy).await;
     let relay = Relay::start(&outbox);
     relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_that_a_role_was_given_do_not_end_a_relays_sessions() {
+    const ROWS: usize = 8_000;
+    let mut outbox = Outbox::create(shared_postgres_18(), shared_rabbitmq()).await;
+    let role = format!("{}_relay", outbox.name);
+    outbox.sql(&format!("create role {role} login replication")).await;
+    for limit in ["idle_session_timeout = '1s'", "transaction_timeout = '1s'", "statement_timeout = '1s'"] {
+        outbox.sql(&format!("alter role {role} set {limit}")).await;
+    }
+    outbox.url = shared_postgres_18().url_for(&role, None, &outbox.name);
+    let consumer = Consumer::start(&outbox).await;
+    // One by one: longer than a second, and more than the sockets hold.
+    let relay = Relay::start_with(&outbox, &[("rabbitmq.window_messages", "1")]);
+    let rows = format!(
+        "insert into outbox (aggregatetype, aggregateid, type, payload) \
+         select 'order', '1', 'placed', jsonb_build_object('x', repeat('x', 2000)) from generate_series(1, {ROWS})"
+    );
+    outbox.sql(&rows).await;
+    consumer.wait_distinct(ROWS).await;
+    let idle = format!(
+        "select count(*) from pg_stat_activity where usename = '{role}' and backend_type = 'client backend' \
+         and state_change < clock_timestamp() - interval '2s'"
+    );
+    eventually("a connection that was idle for long", || async { outbox.text(&idle).await.as_deref() == Some("1") })
+        .await;
+    assert!(!relay.log().contains("session ended"), "{}", relay.log());
     assert_eq!(relay.stop(), 0);
 }
 

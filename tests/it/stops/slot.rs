@@ -147,8 +147,7 @@ async fn a_lost_slot_is_named_before_the_start_and_after_waiting_for_the_broker(
     ended(relay, WORLD, &says);
     let log = stops(&outbox, WORLD, &says).await;
     // The remedy: its statement, then `init`.
-    let drop = statement(&log, "max_slot_wal_keep_size, then ");
-    outbox.sql(drop.split(';').next().unwrap()).await;
+    outbox.sql(&statement(&log, ", then ")).await;
     assert!(verb(&outbox, &["init"]).status.success());
     let relay = Relay::start(&outbox);
     relay.ready().await;

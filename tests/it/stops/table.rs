@@ -22,7 +22,7 @@ const ADD: &str = "alter publication pgoutbox add table outbox";
 async fn a_missing_table_is_named() {
     let outbox = outbox().await;
     outbox.sql("drop table outbox").await;
-    stops(&outbox, WORLD, &["table public.outbox does not exist", "outbox.table"]).await;
+    stops(&outbox, WORLD, &["table public.outbox does not exist", "pgoutbox init", "ADD TABLE public.outbox"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

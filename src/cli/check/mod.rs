@@ -1,0 +1,80 @@
+//! `pgoutbox check`: every precondition of both peers, found before `run` would, by the same code.
+//!
+//! The trap: a finding whose remedy is prose. Every step that can be pasted stands on a line of its own, behind the place
+//! where it goes.
+
+mod broker;
+mod database;
+mod deep;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::finding::{Finding, Look, Step, Verdict};
+use crate::sink::rabbitmq::probe::Deep;
+
+pub(super) use database::findings;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// What was looked at as JSON
+    #[arg(long)]
+    json: bool,
+    /// Look longer and closer: decode what is next, map the last rows, ask about settings, versions, standbys and queues.
+    /// Publishes nothing, changes nothing
+    #[arg(long)]
+    deep: bool,
+    /// RabbitMQ's management API for --deep; else port 15672 of the broker's host, 15671 with TLS
+    #[arg(long, value_name = "URL", requires = "deep")]
+    management_url: Option<String>,
+}
+
+pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
+    let (mut looks, samples) = database::look(config, arguments.deep).await;
+    let deep = arguments.deep.then(|| Deep { samples, management_url: arguments.management_url.clone() });
+    looks.extend(broker::look(config, deep.as_ref()).await);
+    if arguments.json {
+        println!("{:#}", looks.iter().map(entry).collect::<serde_json::Value>());
+    } else {
+        looks.iter().for_each(|look| print!("{}", lines(look)));
+    }
+    match looks.iter().filter(|look| look.is_wrong()).count() {
+        0 => Ok(()),
+        count => Err(Error::Found(format!("{count} found; `pgoutbox run` would not work"))),
+    }
+}
+
+/// One line, and under a finding one line a step.
+fn lines(look: &Look) -> String {
+    let (word, finding) = match &look.verdict {
+        Verdict::Sound => return format!("ok     {}\n", look.what),
+        Verdict::Note(finding) => ("note ", finding),
+        Verdict::Wrong(finding) => ("WRONG", finding),
+    };
+    let mut text = format!("{word}  {}: {}\n", look.what, finding.problem);
+    for step in finding.remedy.steps() {
+        text.push_str(&format!("       {}: {}\n", step.place(), step.text()));
+    }
+    if let Some(mind) = finding.remedy.to_mind() {
+        text.push_str(&format!("       mind: {mind}\n"));
+    }
+    text
+}
+
+fn entry(look: &Look) -> serde_json::Value {
+    let (state, finding) = match &look.verdict {
+        Verdict::Sound => ("ok", None),
+        Verdict::Note(finding) => ("note", Some(finding)),
+        Verdict::Wrong(finding) => ("wrong", Some(finding)),
+    };
+    let step = |step: &Step| serde_json::json!({ "place": step.place(), "text": step.text() });
+    let steps = |finding: &Finding| finding.remedy.steps().iter().map(step).collect::<serde_json::Value>();
+    serde_json::json!({
+        "what": look.what,
+        "state": state,
+        "ok": state != "wrong",
+        "problem": finding.map(|finding| &finding.problem),
+        "remedy": finding.map(|finding| finding.remedy.to_string()),
+        "steps": finding.map(steps),
+        "mind": finding.and_then(|finding| finding.remedy.to_mind()),
+    })
+}

@@ -1,0 +1,198 @@
+//! What does not keep a relay from running, and will hurt one day: settings, standbys, versions. Pure.
+//!
+//! The trap: advice that is always there is read once. What is as it should be says so in its line and is no note.
+
+use super::world::{Names, World, identifier, literal, version};
+use crate::finding::{Finding, Look, Remedy, word};
+
+/// What is asked about settings.
+pub const SETTINGS: [&str; 4] =
+    ["max_slot_wal_keep_size", "wal_sender_timeout", "idle_replication_slot_timeout", "synchronized_standby_slots"];
+
+/// A relay gives itself half of it to be heard.
+const SENDER_TIMEOUT_MILLISECONDS: std::ops::RangeInclusive<i64> = 5_000..=300_000;
+
+/// A transaction that was prepared longer ago is forgotten.
+const PREPARED_SECONDS_MAX: f64 = 600.0;
+
+const FAILOVER_SLOTS: i32 = 170_000;
+
+/// A setting, as `SHOW` prints it and as a number of its unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Its name.
+    pub name: String,
+    /// For people.
+    pub shown: String,
+    /// Without its unit; a text where it is none.
+    pub raw: String,
+}
+
+/// Around slot, publication and table.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Circumstances {
+    /// Of [`SETTINGS`] those that this server has.
+    pub settings: Vec<Setting>,
+    /// Physical slots, and whether a standby uses each now.
+    pub standbys: Vec<(String, bool)>,
+    /// How long ago the oldest transaction was prepared that is not committed yet.
+    pub prepared_seconds: Option<f64>,
+}
+
+impl Circumstances {
+    /// What there is to say, line by line.
+    pub fn looks(&self, names: &Names, world: &World) -> Vec<Look> {
+        let mut looks = vec![self.minor(world)];
+        looks.extend(self.kept_wal(names, world));
+        looks.extend(self.sender_timeout(world));
+        looks.extend(self.idle_timeout());
+        looks.extend(self.standby(names, world));
+        looks.extend(self.publication(names, world));
+        looks.extend(self.prepared());
+        looks
+    }
+
+    fn setting(&self, name: &str) -> Option<&Setting> {
+        self.settings.iter().find(|setting| setting.name == name)
+    }
+
+    fn minor(&self, world: &World) -> Look {
+        let what = format!("PostgreSQL {}", version(world.version));
+        let faults: Vec<&str> = super::minors::faults(world.version).collect();
+        if faults.is_empty() {
+            return Look::sound(format!("{what}: no bug of its logical decoding is known that matters here"));
+        }
+        let remedy = Remedy::act(format!("update to {} or later", version(super::minors::sound(world.version))));
+        Look::note(what, format!("known bugs of its logical decoding: {}", faults.join("; ")), remedy)
+    }
+
+    fn kept_wal(&self, names: &Names, world: &World) -> Option<Look> {
+        let setting = self.setting("max_slot_wal_keep_size")?;
+        let what = format!("max_slot_wal_keep_size = {}", setting.shown);
+        let slot = world.slot.as_ref();
+        if setting.raw == "-1" {
+            return Some(Look::sound(format!("{what}: WAL is kept for as long as it takes, and no slot is lost")));
+        }
+        let left = slot.and_then(|slot| slot.safe_bytes);
+        let left = left.map(|bytes| format!(", {bytes} bytes from now")).unwrap_or_default();
+        let problem = format!("slot {} is lost when the relay is further behind{left}", names.slot);
+        let remedy = Remedy::sql("ALTER SYSTEM SET max_slot_wal_keep_size = -1")
+            .then_sql("SELECT pg_reload_conf()")
+            .mind("Only where a full disk is better than lost rows");
+        Some(Look::note(what, problem, remedy))
+    }
+
+    fn sender_timeout(&self, world: &World) -> Option<Look> {
+        let setting = self.setting("wal_sender_timeout")?;
+        let what = format!("wal_sender_timeout = {}", setting.shown);
+        let problem = match setting.raw.parse() {
+            Ok(0) => "off: the slot of a relay whose machine is gone stays taken for hours",
+            Ok(number) if number < *SENDER_TIMEOUT_MILLISECONDS.start() => {
+                "short: a pause of half as long ends a relay's session"
+            }
+            Ok(number) if number > *SENDER_TIMEOUT_MILLISECONDS.end() => {
+                "long: so long does a second relay wait when the machine of the first is gone"
+            }
+            _ => return Some(Look::sound(what)),
+        };
+        let remedy = Remedy::sql(format!("ALTER ROLE {} SET wal_sender_timeout = '60s'", identifier(&world.role)));
+        Some(Look::note(what, problem, remedy))
+    }
+
+    fn idle_timeout(&self) -> Option<Look> {
+        let setting = self.setting("idle_replication_slot_timeout")?;
+        let what = format!("idle_replication_slot_timeout = {}", setting.shown);
+        if setting.raw == "0" {
+            return Some(Look::sound(what));
+        }
+        let problem = "the slot is lost when the relay is away for so long; while its broker is away, it is too";
+        let remedy = Remedy::sql("ALTER SYSTEM SET idle_replication_slot_timeout = 0");
+        Some(Look::note(what, problem, remedy.then_sql("SELECT pg_reload_conf()")))
+    }
+
+    fn standby(&self, names: &Names, world: &World) -> Option<Look> {
+        let slot = world.slot.as_ref().filter(|slot| !slot.temporary)?;
+        let listed: Vec<&str> = self.standbys.iter().map(|(name, _)| name.as_str()).collect();
+        let listed = listed.join(", ");
+        let what = format!("failover of slot {}", names.slot);
+        if listed.is_empty() && slot.failover != Some(true) {
+            return Some(Look::sound(format!("{what}: no standby has a slot here")));
+        }
+        if world.version < FAILOVER_SLOTS {
+            let problem = format!("slots do not survive one before PostgreSQL 17, and there are standbys: {listed}");
+            let remedy = Remedy::default().mind("After one: `pgoutbox init`, and reconcile from the table");
+            return Some(Look::note(what, problem, remedy));
+        }
+        if slot.failover != Some(true) {
+            let problem = format!("it is not kept on standbys, and there are some: {listed}");
+            let command = format!("ALTER_REPLICATION_SLOT {} (FAILOVER true);", names.slot);
+            let conninfo = format!("dbname={} replication=database", world.database);
+            let remedy = Remedy::shell(format!("psql -d {} -c {}", word(&conninfo), word(&command)))
+                .mind("While no relay holds it. The standby needs sync_replication_slots");
+            return Some(Look::note(what, problem, remedy));
+        }
+        Some(self.synchronized(what, &listed))
+    }
+
+    fn synchronized(&self, what: String, listed: &str) -> Look {
+        let synchronized = self.setting("synchronized_standby_slots").map_or("", |setting| setting.shown.as_str());
+        if synchronized.is_empty() {
+            let problem =
+                "synchronized_standby_slots is empty: messages can be published that a standby knows nothing of";
+            let set = format!("ALTER SYSTEM SET synchronized_standby_slots = {}", literal(listed));
+            return Look::note(what, problem, Remedy::sql(set).then_sql("SELECT pg_reload_conf()"));
+        }
+        let is_here = |name: &str| self.standbys.iter().any(|(slot, is_active)| slot == name && *is_active);
+        let names = synchronized.split(',').map(|name| name.trim().trim_matches('"'));
+        let away: Vec<&str> = names.filter(|name| !is_here(name)).collect();
+        if away.is_empty() {
+            return Look::sound(format!(
+                "{what}: kept on standbys, and nothing is published before {synchronized} has it"
+            ));
+        }
+        let problem = format!("nothing is published until these standbys are back: {}", away.join(", "));
+        Look::note(what, problem, Remedy::default().mind("Or take them out of synchronized_standby_slots"))
+    }
+
+    fn publication(&self, names: &Names, world: &World) -> Vec<Look> {
+        let Some(publication) = &world.publication else { return Vec::new() };
+        let (what, name) = (format!("publication {}", names.publication), identifier(&names.publication));
+        let mut looks = Vec::new();
+        if publication.more_than_inserts {
+            let remedy = Remedy::sql(format!("ALTER PUBLICATION {name} SET (publish = 'insert')"));
+            let problem = "it publishes more than inserts, which is decoded, sent and passed over";
+            looks.push(Look::note(what.clone(), problem, remedy));
+        }
+        let others = world.others().len();
+        if others > 0 {
+            let problem = format!("it publishes {others} other tables, whose rows are decoded, sent and passed over");
+            looks.push(Look::note(what.clone(), problem, Remedy::act("give the outbox a publication of its own")));
+        }
+        if looks.is_empty() {
+            vec![Look::sound(format!("{what}: inserts of the outbox and nothing else"))]
+        } else {
+            looks
+        }
+    }
+
+    fn prepared(&self) -> Option<Look> {
+        let seconds = self.prepared_seconds.filter(|seconds| *seconds > PREPARED_SECONDS_MAX)?;
+        let remedy = Remedy::sql("SELECT gid, prepared, owner, database FROM pg_prepared_xacts ORDER BY prepared")
+            .mind("COMMIT PREPARED or ROLLBACK PREPARED what nobody will finish");
+        let problem = format!("one is {seconds:.0} s old: it holds WAL back until it is committed or rolled back");
+        Some(Look::note("prepared transactions", problem, remedy))
+    }
+}
+
+/// What to do about rows that are out of the stream's reach because their publication was not there.
+pub fn begin_anew(names: &Names) -> Remedy {
+    Remedy::act("reconcile from the table what was committed before the publication was made")
+        .then_sql(format!("SELECT pg_drop_replication_slot({})", literal(&names.slot)))
+        .then_shell("pgoutbox init")
+}
+
+/// A look that was not possible.
+pub fn not_looked(what: impl Into<String>, why: impl Into<String>, remedy: Remedy) -> Look {
+    let Finding { problem, remedy } = Finding::new(format!("not looked at: {}", why.into()), remedy);
+    Look::note(what, problem, remedy)
+}

@@ -1,0 +1,167 @@
+//! What a refusal of Postgres means, and what mends it. Pure.
+//!
+//! The traps. A server may speak another language than ours: the SQLSTATE decides, then the name of the routine that
+//! refused, then names in the message, and its words last. And a password that is asked for is never answered here: psql's
+//! `\password` asks whoever pastes it.
+
+use super::error::{Attempt, ServerError};
+use super::world::identifier;
+use crate::finding::{Remedy, Step};
+
+/// By this many a limit is raised.
+const MORE: u32 = 10;
+
+/// What to do about a refused login, as exactly as the server's words allow.
+pub(super) fn login(attempt: &Attempt, error: &ServerError) -> Remedy {
+    let Attempt { user, database, password_from, .. } = attempt;
+    let (role, shop) = (identifier(user), identifier(database));
+    let by_database = error.field(b'R') == Some("CheckMyDatabase");
+    match error.code() {
+        "28P01" => {
+            let from = password_from.as_deref().filter(|from| *from != "postgres.url");
+            let from = from.map(|path| format!(" (the password is from {path})")).unwrap_or_default();
+            Remedy::sql(format!(r"\password {role}")).mind(format!(
+                "Or check user and password in postgres.url{from}; a role that does not exist looks the same"
+            ))
+        }
+        "28000" if error.message().contains("pg_hba") => hba(attempt, error),
+        "28000" if error.message().contains("does not exist") => {
+            Remedy::sql(format!("CREATE ROLE {role} LOGIN REPLICATION")).mind("Or check the user in postgres.url")
+        }
+        "28000" => Remedy::sql(format!("ALTER ROLE {role} LOGIN")),
+        "42501" if by_database || error.message().contains("for database") => {
+            Remedy::sql(format!("GRANT CONNECT ON DATABASE {shop} TO {role}"))
+        }
+        "42501" => Remedy::sql(format!("ALTER ROLE {role} REPLICATION")),
+        "3D000" => Remedy::act(format!(
+            "check the database in postgres.url; {database} would be made by CREATE DATABASE {shop}"
+        )),
+        "55000" if by_database => Remedy::sql(format!("ALTER DATABASE {shop} ALLOW_CONNECTIONS true")),
+        "53300" => too_many(error, Some(attempt)),
+        "57P03" => Remedy::act("wait: the server is starting, stopping or not yet consistent"),
+        _ => session(error).unwrap_or_else(|| Remedy::act("see the server's log, which says more")),
+    }
+}
+
+fn hba(attempt: &Attempt, error: &ServerError) -> Remedy {
+    let (user, database) = (hba_name(&attempt.user), hba_name(&attempt.database));
+    let (kind, address) = match error.message().split('"').nth(1) {
+        Some("[local]") | None => ("local", String::new()),
+        Some(address) => {
+            let bits = if address.contains(':') { 128 } else { 32 };
+            (if attempt.is_encrypted { "hostssl" } else { "host" }, format!(" {address}/{bits}"))
+        }
+    };
+    let line = format!("{kind} {database} {user}{address} scram-sha-256");
+    let encrypt = if attempt.is_encrypted || kind == "local" {
+        ""
+    } else {
+        "; or, where a hostssl line has it, set sslmode=require"
+    };
+    Remedy::default()
+        .then(Step::Hba(line))
+        .then_sql("SELECT pg_reload_conf()")
+        .mind(format!("Above any line that rejects. A relay's replication connection matches the same line{encrypt}"))
+}
+
+/// A name that `pg_hba.conf` would not take for a keyword or several.
+pub fn hba_name(name: &str) -> String {
+    let is_keyword = ["all", "sameuser", "samerole", "samegroup", "replication"].contains(&name);
+    let is_bare = name.chars().all(|letter| letter.is_ascii_alphanumeric() || "_-.".contains(letter));
+    if is_bare && !is_keyword { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\"\"")) }
+}
+
+fn too_many(error: &ServerError, attempt: Option<&Attempt>) -> Remedy {
+    let message = error.message();
+    if message.contains("max_wal_senders") {
+        // "... exceeds max_wal_senders (currently 10)".
+        let now: String = message.chars().filter(char::is_ascii_digit).collect();
+        return raise("max_wal_senders", now.parse().unwrap_or(MORE));
+    }
+    match (error.field(b'R'), attempt) {
+        (Some("InitializeSessionUserId"), Some(attempt)) => {
+            Remedy::sql(format!("ALTER ROLE {} CONNECTION LIMIT -1", identifier(&attempt.user)))
+        }
+        (Some("CheckMyDatabase"), Some(attempt)) => {
+            Remedy::sql(format!("ALTER DATABASE {} CONNECTION LIMIT -1", identifier(&attempt.database)))
+        }
+        _ => Remedy::act("end connections that nobody needs, or raise max_connections, which needs a restart"),
+    }
+}
+
+/// Raises one of the limits that only a restart changes.
+pub fn raise(setting: &str, now: u32) -> Remedy {
+    Remedy::sql(format!("ALTER SYSTEM SET {setting} = {}", now.saturating_add(MORE)))
+        .then_act("restart PostgreSQL")
+        .mind("Standbys first: theirs must not be lower")
+}
+
+/// What an operator can do about a refusal in a session, where the SQLSTATE alone tells.
+pub(super) fn session(error: &ServerError) -> Option<Remedy> {
+    Some(match error.code() {
+        "42501" => Remedy::act("give the role what is missing, usually: ALTER ROLE <role> REPLICATION"),
+        "3D000" => Remedy::act("check the database in postgres.url"),
+        "55006" => Remedy::act("another relay or a dead connection holds the slot; this one waits for it"),
+        "53300" => too_many(error, None),
+        "53400" => raise("max_replication_slots", MORE),
+        "58P01" => {
+            Remedy::act("the slot's WAL is gone: reconcile from the table, then drop the slot and run `pgoutbox init`")
+        }
+        "42704" if error.message().contains("publication") => Remedy::act(
+            "the publication did not exist for a part of the write-ahead log that is still to be read (creating it now \
+             does not help): reconcile from the table, then drop the slot and run `pgoutbox init`",
+        ),
+        "XX000" if error.is_oversized_row() => Remedy::act(
+            "a row's text form exceeds 1 GB and can never be decoded: skip its transaction with \
+             pg_replication_slot_advance, after saving what it holds",
+        ),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn refused(code: &str, message: &str, routine: &str) -> ServerError {
+        ServerError::parse(Bytes::from(format!("SFATAL\0C{code}\0M{message}\0R{routine}\0\0")))
+    }
+
+    fn mends(code: &str, message: &str, routine: &str) -> String {
+        let attempt = Attempt {
+            host: "db:5432".to_owned(),
+            user: "Relay".to_owned(),
+            database: "shop".to_owned(),
+            is_encrypted: false,
+            password_from: None,
+        };
+        login(&attempt, &refused(code, message, routine)).steps()[0].text()
+    }
+
+    #[test]
+    fn each_refused_login_has_a_step_that_can_be_pasted() {
+        for (code, message, routine, step) in [
+            ("28P01", "password authentication failed", "auth_failed", r#"\password "Relay""#),
+            ("28000", "role \"Relay\" does not exist", "", "CREATE ROLE \"Relay\" LOGIN REPLICATION;"),
+            ("28000", "role \"Relay\" is not permitted to log in", "", "ALTER ROLE \"Relay\" LOGIN;"),
+            ("42501", "permission denied for database \"shop\"", "", "GRANT CONNECT ON DATABASE shop TO \"Relay\";"),
+            ("42501", "droit refusé", "CheckMyDatabase", "GRANT CONNECT ON DATABASE shop TO \"Relay\";"),
+            ("42501", "permission denied to start WAL sender", "", "ALTER ROLE \"Relay\" REPLICATION;"),
+            ("55000", "not accepting", "CheckMyDatabase", "ALTER DATABASE shop ALLOW_CONNECTIONS true;"),
+            ("53300", "x", "InitializeSessionUserId", "ALTER ROLE \"Relay\" CONNECTION LIMIT -1;"),
+            ("53300", "x", "CheckMyDatabase", "ALTER DATABASE shop CONNECTION LIMIT -1;"),
+            ("53300", "exceeds max_wal_senders (currently 5)", "", "ALTER SYSTEM SET max_wal_senders = 15;"),
+        ] {
+            assert_eq!(mends(code, message, routine), step);
+        }
+    }
+
+    #[test]
+    fn names_in_pg_hba_are_quoted_where_they_mean_something_else() {
+        assert_eq!(hba_name("pgoutbox_relay"), "pgoutbox_relay");
+        assert_eq!(hba_name("replication"), "\"replication\"");
+        assert_eq!(hba_name("two words"), "\"two words\"");
+    }
+}
