@@ -43,9 +43,9 @@ pub struct Holder {
     pub state: Option<String>,
 }
 
-/// Takes off what a role or a database may have been given for the sake of careless clients. Ours is idle for seconds between
-/// two looks, and a walsender's transaction is as long as one of the outbox. By SQL and not at the login: a server that does
-/// not know a parameter there refuses.
+/// Takes off what a role or a database may have been given for the sake of careless clients. Ours is idle for seconds
+/// between two looks, and a walsender's transaction is as long as one of the outbox. By SQL and not at the login: a server
+/// that does not know a parameter there refuses.
 pub(super) const UNLIMITED: &str = "select pg_catalog.set_config(name, '0', false) from pg_catalog.pg_settings \
     where name in ('idle_session_timeout', 'transaction_timeout')";
 
