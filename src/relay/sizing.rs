@@ -22,9 +22,10 @@ const TURN_MIN: Duration = Duration::from_millis(40);
 /// The window was full: on average so much of it was in flight.
 const FULL: f64 = 0.7;
 
-/// Doubling goes on while it brings a fifth, by the median of so many turns.
-const CLIMB: f64 = 1.2;
+/// Doubling goes on while it brings an eighth, by the median of so many turns; or this, which no noise brings, in one turn.
+const CLIMB: f64 = 1.12;
 const CLIMB_TURNS: usize = 3;
+const CLIMB_SURE: f64 = 1.5;
 
 /// Twice the size must bring more than 3 %; a smaller one may cost 1.5 %: both far below what a user sees.
 const LARGER: f64 = 1.03;
@@ -155,11 +156,12 @@ impl Sizing {
         match &mut self.mode {
             Mode::Climb { best, rates } => {
                 rates.push(rate);
-                if rates.len() < CLIMB_TURNS {
+                let is_sure = *best > 0.0 && rate > *best * CLIMB_SURE;
+                if rates.len() < CLIMB_TURNS && !is_sure {
                     return;
                 }
                 rates.sort_by(f64::total_cmp);
-                let rate = rates.get(CLIMB_TURNS / 2).copied().unwrap_or(rate);
+                let rate = if is_sure { rate } else { rates.get(CLIMB_TURNS / 2).copied().unwrap_or(rate) };
                 if rate > *best * CLIMB && self.size < self.max {
                     self.mode = Mode::Climb { best: rate, rates: Vec::new() };
                     self.size = self.size.saturating_mul(2).min(self.max);

@@ -14,7 +14,7 @@ use crate::metrics::Metrics;
 use crate::outbox::Message;
 
 /// A run takes at most this part of the window: confirms then make room for the next while the others are on their way.
-const RUNS_IN_WINDOW: u32 = 8;
+const RUNS_IN_WINDOW: u32 = 4;
 
 /// The limits, and how much is in flight. Outlives sessions: what was learned of the broker holds for the next one.
 #[derive(Clone)]

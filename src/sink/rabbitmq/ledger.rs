@@ -61,6 +61,11 @@ impl Ledger {
         self.entries.push_back(Entry { id, end, state: State::Pending });
     }
 
+    /// How many messages there were in the session.
+    pub(super) fn published(&self) -> u64 {
+        self.settled + self.entries.len() as u64
+    }
+
     /// How many messages, counted from the session's first, the broker holds.
     pub(super) fn settled(&self) -> u64 {
         self.settled

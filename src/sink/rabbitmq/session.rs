@@ -65,6 +65,7 @@ impl Session {
             account,
             metrics,
             progress: sender,
+            run_ends: VecDeque::new(),
             checks: VecDeque::new(),
             returning: None,
             silent_looks: 0,
@@ -121,6 +122,8 @@ struct Task {
     account: Account,
     metrics: Arc<Metrics>,
     progress: watch::Sender<Progress>,
+    /// The last messages of runs for which somebody has a receipt, by number.
+    run_ends: VecDeque<u64>,
     checks: VecDeque<oneshot::Sender<()>>,
     returning: Option<Returning>,
     silent_looks: u32,
@@ -163,13 +166,14 @@ impl Task {
         }
     }
 
-    fn tell(&self, failure: Option<Error>) {
-        self.progress.send_if_modified(|progress| {
-            let changed = progress.settled != self.ledger.settled() || failure.is_some();
-            progress.settled = self.ledger.settled();
-            progress.failure = failure;
-            changed
-        });
+    /// Wakes those who wait for receipts when a whole run is held, and no sooner: a broker may confirm one by one.
+    fn tell(&mut self, failure: Option<Error>) {
+        let settled = self.ledger.settled();
+        let before = self.run_ends.len();
+        while self.run_ends.pop_front_if(|end| *end <= settled).is_some() {}
+        if self.run_ends.len() < before || failure.is_some() {
+            self.progress.send_modify(|progress| *progress = Progress { settled, failure });
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -180,6 +184,7 @@ impl Task {
                     wire::publish(output, &self.account.exchange, &message, self.link.frame_max);
                     self.ledger.publish(message.id, output.end());
                 }
+                self.run_ends.push_back(self.ledger.published());
             }
             Command::Check(answered) => {
                 wire::exchange_declare(output.tail(), &self.account.exchange, false);
