@@ -83,7 +83,9 @@ impl Sender {
         let items = self.items.clone().acquire_many_owned(limited(batch.items.len(), ITEMS_MAX)).await.ok()?;
         let bytes = self.bytes.clone().acquire_many_owned(limited(batch.bytes, BYTES_MAX)).await.ok()?;
         let room = self.batches.reserve().await.ok()?;
-        let batch = std::mem::take(batch);
+        // The next one is about as large: a vector that grows step by step moves its messages at each.
+        let next = Batch { items: Vec::with_capacity(batch.items.len()), bytes: 0 };
+        let batch = std::mem::replace(batch, next);
         room.send(Sent { items: batch.items, _share: (items, bytes) });
         Some(())
     }

@@ -65,6 +65,16 @@ struct Run {
 }
 
 impl Run {
+    /// With room for so many: a vector that grows step by step moves its messages at each.
+    fn of(messages: usize) -> Self {
+        Self {
+            messages: Vec::with_capacity(messages),
+            committed_at: Vec::with_capacity(messages),
+            positions: Vec::with_capacity(messages),
+            ..Self::default()
+        }
+    }
+
     fn add(&mut self, position: Position, message: Message) {
         self.positions.push(position);
         self.committed_at.push(message.committed_at);
@@ -76,9 +86,10 @@ impl Run {
 impl<K: Sink> Publisher<'_, K> {
     /// Publishes until the channel ends. Returns a message's own impossibility, after which the rest settles in peace.
     pub(super) async fn run(mut self) -> Result<Option<Error>, Error> {
-        let mut held = None;
+        let (mut held, mut last) = (None, 0);
         loop {
-            let mut run = Run::default();
+            // About as many as last time.
+            let mut run = Run::of(last);
             let first = match held.take() {
                 Some(item) => item,
                 None => match timeout(IDLE_CHECK, self.channel.next()).await {
@@ -103,6 +114,7 @@ impl<K: Sink> Publisher<'_, K> {
             if !self.caution.is_on() {
                 held = self.gather(&mut run).await;
             }
+            last = run.messages.len();
             match self.publish(run).await {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),
