@@ -95,7 +95,10 @@ fn the_man_page_renders_without_a_warning() {
     // What is bold is struck twice, over a backspace.
     let mut text = String::new();
     for letter in String::from_utf8_lossy(&output.stdout).chars() {
-        if letter == '\u{8}' { drop(text.pop()) } else { text.push(letter) }
+        match letter {
+            '\u{8}' => _ = text.pop(),
+            letter => text.push(letter),
+        }
     }
     for part in ["EXIT STATUS", "rabbitmq.window_messages_min", "pgoutbox check", "--print-sql"] {
         assert!(text.contains(part), "{part} is not in\n{text}");
