@@ -154,10 +154,15 @@ mod tests {
         let page = page().replace('\\', "");
         let verbs = ["init", "check", "run", "status", "tail", "drop", "demo", "config example", "completions", "man"];
         let verbs = verbs.map(|verb| format!("pgoutbox {verb}"));
-        let keys = KEYS.iter().map(|key| key.name.to_owned());
-        let codes = ExitCode::MEANINGS.iter().map(|(code, _)| format!("fB{code}fR"));
-        for part in verbs.into_iter().chain(keys).chain(codes).chain(ENVIRONMENT.map(|(name, _)| name.to_owned())) {
-            assert!(page.contains(&part), "{part} is not in\n{page}");
+        let codes = ExitCode::MEANINGS.map(|(code, _)| code.to_string());
+        // A line of its own: the variables' texts name some of them, too.
+        let terms = KEYS.iter().map(|key| key.name.to_owned()).chain(codes);
+        let terms = terms.chain(ENVIRONMENT.map(|(names, _)| names.to_owned()));
+        for term in terms.map(|term| format!("fB{term}fR")) {
+            assert!(page.lines().any(|line| line == term), "{term} is not in\n{page}");
+        }
+        for verb in verbs {
+            assert!(page.contains(&verb), "{verb} is not in\n{page}");
         }
         assert!(page.contains("--print-sql") && !page.contains("pgoutbox-init(1)"), "{page}");
     }

@@ -374,14 +374,13 @@ mod tests {
         let secret = file("amqp://user:s3cret@h\n");
         let path = secret.path().to_str().unwrap();
         let named = file(&format!("[rabbitmq]\nurl_file = \"{path}\"\n"));
-        let ways: [(&[(&str, &str)], Option<&Path>, &[(&str, &str)]); 4] = [
-            (&[URLS[0], ("PGOUTBOX__RABBITMQ__URL_FILE", path)], None, &[]),
-            (&[URLS[0], ("AMQP_URL_FILE", path)], None, &[]),
-            (&[URLS[0]], Some(named.path()), &[]),
-            (&[URLS[0]], None, &[("rabbitmq.url_file", path)]),
-        ];
-        for (environment, file, flags) in ways {
-            let config = load(environment, file, flags).unwrap();
+        for loaded in [
+            load(&[URLS[0], ("PGOUTBOX__RABBITMQ__URL_FILE", path)], None, &[]),
+            load(&[URLS[0], ("AMQP_URL_FILE", path)], None, &[]),
+            load(&URLS[..1], Some(named.path()), &[]),
+            load(&URLS[..1], None, &[("rabbitmq.url_file", path)]),
+        ] {
+            let config = loaded.unwrap();
             let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
             assert_eq!(rabbitmq.addresses[0].password, "s3cret");
             assert!(config.printed().contains("rabbitmq.url = \"***\""), "{}", config.printed());

@@ -71,7 +71,7 @@ async fn a_newcomer_has_a_message_after_three_commands() {
     };
 
     let began = Instant::now();
-    let told = |command: &str, since: Instant| println!("{:7.1} s  {command}", since.elapsed().as_secs_f64());
+    let told = |command: &str, since: Instant| println!("{:7.2} s  {command}", since.elapsed().as_secs_f64());
     for command in &commands[..2] {
         let since = Instant::now();
         assert!(shell(command).status().unwrap().success(), "{command}");
@@ -83,7 +83,7 @@ async fn a_newcomer_has_a_message_after_three_commands() {
     consumer.wait_distinct(1).await;
     assert!(consumer.has(&id));
     told(&format!("{}, until the consumer had the message", commands[2]), since);
-    println!("{:7.1} s  in all", began.elapsed().as_secs_f64());
+    println!("{:7.2} s  in all", began.elapsed().as_secs_f64());
     killpg(Pid::from_raw(i32::try_from(relay.id()).unwrap()), Signal::SIGTERM).unwrap();
     assert_eq!(relay.wait().unwrap().code(), Some(0));
 }
