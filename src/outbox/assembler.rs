@@ -5,7 +5,7 @@
 //! `commit_lsn`. Tables are told apart by OID, never by name: partitions have other names, and a table that was dropped and
 //! re-created has the same one.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
 
@@ -34,7 +34,8 @@ pub struct Tables {
 pub struct Assembler {
     mapping: Mapping,
     tables: Tables,
-    relations: HashMap<u32, Known>,
+    /// Few: looked up for every row.
+    relations: BTreeMap<u32, Known>,
     open: Option<Open>,
     start: Lsn,
     /// The last position handed out as a checkpoint, or begun with: nothing at or below it may come again.
@@ -45,8 +46,17 @@ pub struct Assembler {
 #[derive(Debug)]
 struct Known {
     relation: Relation,
+    owner: Owner,
     /// Of an outbox table, made at its first row.
     layout: Option<Layout>,
+}
+
+/// Whose table it is, by the catalog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Outbox,
+    Other,
+    Unknown,
 }
 
 /// A transaction of which not all is here yet.
@@ -56,11 +66,21 @@ struct Open {
     rows: u64,
 }
 
+impl Tables {
+    fn owner(&self, oid: u32) -> Owner {
+        match (self.others.contains(&oid), self.outbox.contains(&oid)) {
+            (true, _) => Owner::Other,
+            (false, true) => Owner::Outbox,
+            (false, false) => Owner::Unknown,
+        }
+    }
+}
+
 impl Assembler {
     /// Begins at a transaction boundary, where every stream begins.
     pub fn new(mapping: Mapping, tables: Tables) -> Self {
         let start = Lsn::ZERO;
-        Self { mapping, tables, relations: HashMap::new(), open: None, start, reached: Lsn::ZERO }
+        Self { mapping, tables, relations: BTreeMap::new(), open: None, start, reached: Lsn::ZERO }
     }
 
     /// For a stream that was asked to begin here: without it the first position of all is believed.
@@ -76,6 +96,7 @@ impl Assembler {
 
     /// The catalog was asked again.
     pub fn set_tables(&mut self, tables: Tables) {
+        self.relations.iter_mut().for_each(|(oid, known)| known.owner = tables.owner(*oid));
         self.tables = tables;
     }
 
@@ -146,7 +167,8 @@ impl Assembler {
         if !is_ours && name == (&self.tables.name.0, &self.tables.name.1) {
             return Err(Error::Recreated { oid: relation.id, name: format!("{}.{}", name.0, name.1) });
         }
-        self.relations.insert(relation.id, Known { relation, layout: None });
+        let owner = self.tables.owner(relation.id);
+        self.relations.insert(relation.id, Known { relation, owner, layout: None });
         Ok(())
     }
 
@@ -156,12 +178,13 @@ impl Assembler {
         let Some(known) = self.relations.get_mut(&oid) else {
             return Err(Error::Order(format!("a row of table {oid} before its description")));
         };
-        if self.tables.others.contains(&oid) {
-            return Ok(None);
-        }
-        if !self.tables.outbox.contains(&oid) {
-            let name = format!("{}.{}", known.relation.namespace, known.relation.name);
-            return Err(Error::UnknownTable { oid, name });
+        match known.owner {
+            Owner::Outbox => {}
+            Owner::Other => return Ok(None),
+            Owner::Unknown => {
+                let name = format!("{}.{}", known.relation.namespace, known.relation.name);
+                return Err(Error::UnknownTable { oid, name });
+            }
         }
         let columns = known.relation.columns.len();
         if insert.tuple.len() != columns {

@@ -27,8 +27,12 @@ pub const FRAME_BYTES_MAX: usize = 0x3fff_ffff;
 /// And for one before the session begins, when anybody may be at the other end; libpq allows half of it.
 const LOGIN_FRAME_BYTES_MAX: usize = 64 * 1024;
 
-/// One read asks for at least this much: many rows in one system call, little memory when idle.
+/// A buffer to read into: many rows in one system call, little memory when idle.
 const READ_BYTES: usize = 64 * 1024;
+
+/// A read makes do with so much of it. Rows in flight hold on to the buffer that they are slices of, so one that is given
+/// up after each small read costs an allocation a row.
+const READ_BYTES_MIN: usize = 8 * 1024;
 
 /// Session settings that decide how a row looks as text, pinned against `ALTER ROLE ... SET` and `ALTER DATABASE ... SET`.
 /// `client_min_messages`: PostgreSQL 18 says only by a warning that it skips a publication.
@@ -198,7 +202,9 @@ impl Connection {
             if let Some(frame) = take_frame(&mut self.incoming, self.frame_bytes_max)? {
                 return Ok(frame);
             }
-            self.incoming.reserve(READ_BYTES);
+            if self.incoming.capacity() - self.incoming.len() < READ_BYTES_MIN {
+                self.incoming.reserve(READ_BYTES);
+            }
             if self.socket.read_buf(&mut self.incoming).await.map_err(Error::Broken)? == 0 {
                 return Err(Error::Closed);
             }
