@@ -1,9 +1,9 @@
 # Plain cargo underneath; the scripts only see to it that the servers are there.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench faults nemesis simulate plants mutants fuzz clean
+.PHONY: help demo test check bench faults nemesis simulate plants mutants fuzz package package-test package-lint newcomer clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 demo: ## Postgres, RabbitMQ and pgoutbox, started here and gone afterwards
 	@scripts/install-servers
@@ -51,6 +51,20 @@ mutants: ## change the core line by line and see a fast test notice (cargo insta
 fuzz: ## every decoder under cargo-fuzz, FUZZ_SECONDS (60) each; installs nightly and cargo-fuzz
 	@scripts/install-servers --compiler-only
 	@scripts/fuzz
+
+package: ## the Debian package, below target/debian; installs cargo-deb there if it is missing
+	@scripts/install-servers --compiler-only
+	@scripts/package
+
+package-test: package ## install it as root, run its service's command, deliver, purge, and find nothing left
+	@scripts/install-servers
+	cargo test --test it the_package_installs -- --ignored --nocapture
+
+package-lint: ## unit, Dockerfile, YAML, scripts and package, by tools that it installs
+	@scripts/lint-packages --install
+
+newcomer: ## time the README's quick start from a clean clone
+	@scripts/newcomer
 
 clean: ## remove what was built and unpacked
 	cargo clean

@@ -24,6 +24,22 @@ pub enum ExitCode {
     World = 78,
 }
 
+impl ExitCode {
+    /// Each with its meaning, for help, man page and README.
+    pub const MEANINGS: [(Self, &'static str); 6] = [
+        (Self::Stopped, "stopped cleanly"),
+        (Self::Usage, "usage or configuration"),
+        (Self::Row, "a row that cannot be delivered as it is"),
+        (Self::Unavailable, "a peer stayed unreachable longer than `--give-up-after` (default: never)"),
+        (Self::Bug, "a bug in pgoutbox"),
+        (
+            Self::World,
+            "the world is set up wrong: slot missing, lost, of another plugin, or re-created; publication or table missing, \
+             changed or not covering the table; `wal_level`; privileges; a `rabbitmq.message_bytes_max` above the broker's",
+        ),
+    ];
+}
+
 /// Why a verb failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -1,15 +1,18 @@
 //! The verbs, one file each, and the road from arguments to an exit code.
 
 mod check;
+mod completions;
+mod config;
 mod demo;
 mod drop;
 mod init;
+mod man;
 mod run;
 mod status;
 mod tail;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -75,6 +78,12 @@ enum Verb {
     Demo(demo::Arguments),
     /// Remove slot and publication
     Drop(drop::Arguments),
+    /// Show what there is to set
+    Config(config::Arguments),
+    /// Print completions for a shell
+    Completions(completions::Arguments),
+    /// Print the manual page
+    Man(man::Arguments),
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {
@@ -123,6 +132,9 @@ async fn dispatch(arguments: &Arguments) -> Result<(), Error> {
         Verb::Tail(arguments) => tail::run(arguments, &load(common, &[], Needs::Postgres)?).await,
         Verb::Demo(arguments) => demo::run(arguments).await,
         Verb::Drop(arguments) => drop::run(arguments, &load(common, &[], Needs::Postgres)?).await,
+        Verb::Config(arguments) => config::run(arguments),
+        Verb::Completions(arguments) => completions::run(arguments),
+        Verb::Man(arguments) => man::run(arguments),
     }
 }
 
@@ -134,6 +146,16 @@ fn load(common: &Common, flags: &[(String, String)], needs: Needs) -> Result<Con
     settings.extend(flags.iter().cloned());
     let sources = Sources { flags: settings, environment: environment.collect(), file: common.config.as_deref() };
     Config::load(&sources, needs).map_err(Error::Config)
+}
+
+/// To standard output; `false` when nobody reads it any more, which is no fault (`| head`).
+fn write_out(text: &str) -> Result<bool, Error> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(source) => Err(Error::System { doing: "cannot print".to_owned(), source }),
+    }
 }
 
 fn report(error: &Error) -> ExitCode {

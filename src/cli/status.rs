@@ -2,7 +2,7 @@
 //!
 //! The trap: a relay that answers "ready" and a slot that does not move are two truths. Both are told, side by side.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use serde_json::{Value as Json, json};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
+use super::write_out;
 use crate::config::Config;
 use crate::error::Error;
 use crate::finding::{Finding, Remedy, explain};
@@ -219,14 +220,4 @@ impl Status {
 /// For people, and exactly.
 fn size(bytes: u64) -> String {
     if bytes < 1024 { format!("{bytes} bytes") } else { format!("{} ({bytes} bytes)", ByteSize(bytes)) }
-}
-
-/// `false`: nobody reads any more, which is how `pgoutbox status --watch | head` ends.
-fn write_out(text: &str) -> Result<bool, Error> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(source) => Err(Error::System { doing: "cannot print".to_owned(), source }),
-    }
 }

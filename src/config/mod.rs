@@ -3,6 +3,7 @@
 //! Every key stands once, in [`KEYS`]. The trap: a misspelt key that is ignored is a default that nobody chose, so unknown
 //! keys are faults, wherever they come from. No message repeats a value of a secret key.
 
+mod example;
 mod raw;
 mod values;
 
@@ -11,6 +12,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use self::example::example;
 use self::raw::Raw;
 use self::values::{bytes, duration, exchange, name, qualified, slot};
 use crate::outbox::{ColumnNames, Mapping, Template};
@@ -46,14 +48,14 @@ pub const KEYS: [Key; 28] = [
     key("postgres.slot", "pgoutbox", "the logical replication slot"),
     key("postgres.publication", "pgoutbox", "the publication"),
     key("outbox.table", "public.outbox", "the outbox table"),
-    key("outbox.columns.id", "", "else `id`"),
-    key("outbox.columns.aggregatetype", "", "else `aggregatetype` or `aggregate_type`"),
-    key("outbox.columns.aggregateid", "", "else `aggregateid` or `aggregate_id`"),
-    key("outbox.columns.type", "", "else `type` or `event_type`"),
-    key("outbox.columns.payload", "", "else `payload`"),
-    key("outbox.columns.headers", "", "else `headers`, which may be missing"),
-    key("outbox.columns.traceparent", "", "else `traceparent`, which may be missing"),
-    key("outbox.columns.tracestate", "", "else `tracestate`, which may be missing"),
+    key("outbox.columns.id", "", "the column\'s name; empty: `id`"),
+    key("outbox.columns.aggregatetype", "", "the column\'s name; empty: `aggregatetype` or `aggregate_type`"),
+    key("outbox.columns.aggregateid", "", "the column\'s name; empty: `aggregateid` or `aggregate_id`"),
+    key("outbox.columns.type", "", "the column\'s name; empty: `type` or `event_type`"),
+    key("outbox.columns.payload", "", "the column\'s name; empty: `payload`"),
+    key("outbox.columns.headers", "", "the column\'s name; empty: `headers`, which may be missing"),
+    key("outbox.columns.traceparent", "", "the column\'s name; empty: `traceparent`, which may be missing"),
+    key("outbox.columns.tracestate", "", "the column\'s name; empty: `tracestate`, which may be missing"),
     key("sink", "rabbitmq", "`rabbitmq` or `stdout`"),
     secret("rabbitmq.url", "amqp:// or amqps:// URL, several with commas between; else AMQP_URL"),
     key("rabbitmq.tls_ca", "", "file with the authorities to trust for amqps://; else the system's"),
@@ -371,14 +373,42 @@ mod tests {
     fn secrets_come_from_files_and_are_never_printed() {
         let secret = file("amqp://user:s3cret@h\n");
         let path = secret.path().to_str().unwrap();
-        for name in ["PGOUTBOX__RABBITMQ__URL_FILE", "AMQP_URL_FILE"] {
-            let config = load(&[URLS[0], (name, path)], None, &[]).unwrap();
+        let named = file(&format!("[rabbitmq]\nurl_file = \"{path}\"\n"));
+        for loaded in [
+            load(&[URLS[0], ("PGOUTBOX__RABBITMQ__URL_FILE", path)], None, &[]),
+            load(&[URLS[0], ("AMQP_URL_FILE", path)], None, &[]),
+            load(&URLS[..1], Some(named.path()), &[]),
+            load(&URLS[..1], None, &[("rabbitmq.url_file", path)]),
+        ] {
+            let config = loaded.unwrap();
             let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
             assert_eq!(rabbitmq.addresses[0].password, "s3cret");
             assert!(config.printed().contains("rabbitmq.url = \"***\""), "{}", config.printed());
             assert!(!format!("{config:?}{}", config.printed()).contains("s3cret"));
         }
         assert!(load(&[URLS[0], ("AMQP_URL_FILE", "/does/not/exist")], None, &[]).is_err());
+    }
+
+    #[test]
+    fn the_url_of_postgres_comes_from_a_file_as_well() {
+        let secret = file("postgres://u:s3cret@of-file/d\n");
+        let path = secret.path().to_str().unwrap();
+        for name in ["PGOUTBOX__POSTGRES__URL_FILE", "DATABASE_URL_FILE"] {
+            let config = load(&[URLS[1], (name, path)], None, &[]).unwrap();
+            assert!(format!("{:?}", config.postgres).contains("of-file"), "{:?}", config.postgres);
+            assert!(config.printed().contains("postgres.url = \"***\""), "{}", config.printed());
+            assert!(!format!("{config:?}{}", config.printed()).contains("s3cret"));
+        }
+    }
+
+    #[test]
+    fn an_empty_variable_is_one_that_nobody_set() {
+        let secret = file("amqp://of-file\n");
+        let path = secret.path().to_str().unwrap();
+        let env = [URLS[0], ("PGOUTBOX__RABBITMQ__URL", ""), ("AMQP_URL", ""), ("AMQP_URL_FILE", path)];
+        let config = load(&env, None, &[]).unwrap();
+        let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
+        assert_eq!(rabbitmq.addresses[0].host, "of-file");
     }
 
     #[test]

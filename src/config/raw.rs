@@ -128,12 +128,13 @@ impl<'a> Raw<'a> {
         })
     }
 
-    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names.
+    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names. What is empty is not set: compose
+    /// files pass on variables that nobody set as empty ones.
     pub(super) fn ambient(&mut self, name: &'static str, variable: &str) {
-        if self.values.contains_key(name) {
+        if self.optional(name).is_some() {
             return;
         }
-        if let Some(value) = self.environment.get(variable) {
+        if let Some(value) = self.environment.get(variable).filter(|value| !value.is_empty()) {
             self.values.insert(name, value.clone());
         } else if let Some(path) = self.environment.get(&format!("{variable}_FILE")).cloned() {
             self.set(&format!("{name}_file"), path, variable);

@@ -153,3 +153,12 @@ fn tidy_the_readme_lists_every_setting_as_it_is() {
         assert!(readme.contains(&row), "README.md lacks this row:\n{row}");
     }
 }
+
+#[test]
+fn tidy_the_readme_lists_every_exit_code_as_it_is() {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    for (code, meaning) in &pgoutbox::error::ExitCode::MEANINGS {
+        let row = format!("| {code} | {meaning} |");
+        assert!(readme.contains(&row), "README.md lacks this row:\n{row}");
+    }
+}

@@ -137,3 +137,20 @@ pub(super) fn told(error: &io::Error) -> String {
         None => error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A broker that demands a certificate and resets the connection before its word is read leaves only the general text, so
+    /// the tests with a real one take either.
+    #[test]
+    fn a_demand_for_a_certificate_is_told_apart_from_a_refusal_of_ours() {
+        let alert = |alert| told(&io::Error::other(rustls::Error::AlertReceived(alert)));
+        let demand = alert(AlertDescription::CertificateRequired);
+        assert!(demand.starts_with("the broker demands a client certificate. Remedy: name one in"), "{demand}");
+        let refusal = alert(AlertDescription::UnknownCA);
+        assert!(refusal.contains("(UnknownCA)") && refusal.contains("or not trust ours"), "{refusal}");
+        assert_eq!(told(&io::Error::other("reset")), "reset");
+    }
+}
