@@ -102,18 +102,13 @@ impl Window {
     }
 
     /// Waits until so much is free, and takes it. Cancel-safe.
-    ///
-    /// Who has to wait for messages to settle waits until there is room for a run: a window that is filled up one by one
-    /// is written, read and confirmed one by one, and everybody wakes up for each.
     pub(super) async fn take(&self, need: Need) -> Share {
-        let mut run = 0;
         loop {
             {
                 let mut counts = self.counts();
                 let size = counts.sizing.now();
-                let fits = need.messages.max(run) <= size.saturating_sub(counts.messages)
+                let fits = need.messages <= size.saturating_sub(counts.messages)
                     && need.bytes <= self.bytes_max.saturating_sub(counts.bytes);
-                run = size / RUNS_IN_WINDOW;
                 if fits {
                     counts.messages += need.messages;
                     counts.bytes += need.bytes;
