@@ -176,14 +176,17 @@ impl<S: Source> Reader<'_, S> {
 
     /// Takes this event and those that are here already, up to a batch, or up to the end of the transaction after which
     /// there shall be none: under load the next one has always begun. What came before an end still counts.
+    ///
+    /// The trap: an event that was taken out of the stream is in nobody's hands but ours. So the next one is taken only when
+    /// nothing more can end the loop before it is looked at.
     async fn gather(
         &mut self,
         first: Result<Event, crate::pg::Error>,
         batch: &mut Batch,
         is_stopping: bool,
     ) -> Option<Ended> {
-        let mut event = first;
-        for _ in 0..EVENTS_MAX {
+        let (mut event, mut taken) = (first, 1);
+        loop {
             let item = match event {
                 Ok(event) => self.item(event).await,
                 Err(error) => Err(error.into()),
@@ -200,12 +203,12 @@ impl<S: Source> Reader<'_, S> {
                 }
                 Err(error) => return Some(Err(error)),
             }
-            if batch.is_full() || is_stopping && !self.assembler.in_transaction() {
+            if batch.is_full() || taken == EVENTS_MAX || is_stopping && !self.assembler.in_transaction() {
                 return None;
             }
             event = next(self.source.as_mut()).now_or_never()?;
+            taken += 1;
         }
-        None
     }
 
     fn hear(&mut self) -> Result<(), Error> {

@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 use futures_util::SinkExt;
+use nix::sys::signal::Signal;
 use pgoutbox::servers::Postgres;
 
 use super::Stage;
@@ -44,6 +45,34 @@ async fn only_committed_inserts_are_events() {
     let received = stage.received(8).await;
     assert_eq!(stage.kinds(), ["deleted", "first", "second", "third", "fourth", "fifth", "sixth", "seventh"]);
     assert!(received.windows(2).all(|pair| pair[0].position < pair[1].position));
+    stage.stop();
+}
+
+/// The relay takes what is there in batches, and another table's rows fill none: here most batches end by the number of events
+/// that they look at, and with every eleventh a row, each place in such a batch is one's in some of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_among_many_of_another_table_are_all_events() {
+    const ROWS: usize = 1500;
+    let stage = Stage::set().await;
+    stage.outbox.sql("create table other (n int); alter publication pgoutbox add table other").await;
+    let all = format!(
+        "do $$ begin for number in 1..{ROWS} loop \
+         insert into other select generate_series(1, 10); \
+         insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', '1', number::text, '{{}}'); \
+         end loop; end $$"
+    );
+    // All of it is in the relay's socket before it reads on: else batches end where the server is the slower one.
+    stage.relay.signal(Signal::SIGSTOP);
+    stage.outbox.sql(&all).await;
+    let sent = format!(
+        "select (sent_lsn >= '{}')::text from pg_stat_replication join pg_replication_slots on active_pid = pid \
+         where database = current_database()",
+        stage.outbox.current().await
+    );
+    eventually("all is sent", || async { stage.outbox.text(&sent).await.as_deref() == Some("true") }).await;
+    stage.relay.signal(Signal::SIGCONT);
+    stage.received(ROWS).await;
+    assert_eq!(stage.kinds(), (1..=ROWS).map(|number| number.to_string()).collect::<Vec<_>>());
     stage.stop();
 }
 

@@ -69,6 +69,7 @@ faults! {
     KeepaliveJumps 30 harmless "a keepalive as far on as the next commit record",
     StreamRests 30 harmless "the server takes a rest",
     OtherTable 60 harmless "a row of another table of the publication",
+    OtherRows 6 harmless "thousands of rows of another table at once",
     OtherMessage 40 harmless "a change that is no event",
     Described 40 harmless "the table is described again",
     UnknownPartition 100 harmless "a row of a partition that came after the stream began",

@@ -27,6 +27,8 @@ enum Frame {
     Relation(u32, &'static str),
     Row(u32, Row),
     OtherRow,
+    /// So many, and nothing happens between them.
+    OtherRows(u32),
     Logical,
     Commit(u64, u64),
     Keepalive(u64, bool),
@@ -137,11 +139,17 @@ impl FakeSource {
             let reply_requested = self.world.random(|random| random.bool());
             self.frames.push_back(Frame::Keepalive(commit_lsn, reply_requested));
         }
-        if self.strikes(Fault::OtherTable) {
-            if self.described.insert(wire::OTHER) {
-                self.frames.push_back(Frame::Relation(wire::OTHER, "orders"));
-            }
+        let (one, many) = (self.strikes(Fault::OtherTable), self.strikes(Fault::OtherRows));
+        if (one || many) && self.described.insert(wire::OTHER) {
+            self.frames.push_back(Frame::Relation(wire::OTHER, "orders"));
+        }
+        if one {
             self.frames.push_back(Frame::OtherRow);
+        }
+        if many {
+            // Around powers of two, where limits stand.
+            let count = self.world.random(|random| (1 << random.u32(8..13)) + random.u32(0..7) - 3);
+            self.frames.push_back(Frame::OtherRows(count));
         }
         if self.strikes(Fault::OtherMessage) {
             self.frames.push_back(Frame::Logical);
@@ -198,7 +206,7 @@ impl FakeSource {
                 });
                 Event::Data(wire::insert(oid, &name, is_poisoned))
             }
-            Frame::OtherRow => Event::Data(wire::insert(wire::OTHER, "0", false)),
+            Frame::OtherRow | Frame::OtherRows(_) => Event::Data(wire::insert(wire::OTHER, "0", false)),
             Frame::Logical => Event::Data(wire::logical()),
             Frame::Commit(commit_lsn, end_lsn) => {
                 self.world.with(|state| state.streams[self.stream].in_transaction = false);
@@ -298,8 +306,10 @@ impl FakeSource {
 impl Source for FakeSource {
     async fn next(&mut self) -> Result<Event, Error> {
         loop {
-            // Cancel-safe: what is due stands in the fields.
-            sleep_until(self.next_at).await;
+            // Cancel-safe: what is due stands in the fields. What is due already is here already: a timer would say so later.
+            if Instant::now() < self.next_at {
+                sleep_until(self.next_at).await;
+            }
             if self.is_silent || self.strikes(Fault::StreamSilent) {
                 self.is_silent = true;
                 sleep(Duration::from_secs(3600)).await;
@@ -316,6 +326,10 @@ impl Source for FakeSource {
                 self.next_at = Instant::now() + Duration::from_millis(20);
                 continue;
             };
+            if let Frame::OtherRows(left @ 2..) = frame {
+                self.frames.push_front(Frame::OtherRows(left - 1));
+                return Ok(self.send(Frame::OtherRow));
+            }
             let pauses = self.world.with(|state| state.pauses);
             let pause = self.world.random(|random| if pauses && random.u8(..) < 40 { random.u64(0..200) } else { 0 });
             self.next_at = Instant::now() + Duration::from_millis(pause);
