@@ -387,7 +387,9 @@ impl Source for FakeSource {
         self.world.with(|state| {
             let stream = &mut state.streams[self.stream];
             stream.free_at = Some(Instant::now());
-            state.lives[stream.life].finished = Some(self.stream);
+            // A session that the broker ended parts well, too: what it had read and not published is for the next one.
+            let life = &mut state.lives[stream.life];
+            life.finished = life.is_leaving.then_some(self.stream);
         });
         Ok(())
     }
