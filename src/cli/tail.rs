@@ -80,6 +80,7 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
         let item = match event {
             Event::Data(bytes) => assembler.change(bytes).map_err(relay::Error::from)?,
             Event::Keepalive { wal_end, .. } => assembler.keepalive(wal_end).map_err(relay::Error::from)?,
+            Event::Part => None,
         };
         match item {
             Some(Item::Checkpoint(lsn)) => position = lsn,

@@ -199,16 +199,27 @@ impl Connection {
     /// `Closed` when the server closed, also in the middle of a frame; `Protocol` for an impossible length.
     pub async fn read(&mut self) -> Result<Frame, Error> {
         loop {
-            if let Some(frame) = take_frame(&mut self.incoming, self.frame_bytes_max)? {
+            if let Some(frame) = self.read_part().await? {
                 return Ok(frame);
             }
-            if self.incoming.capacity() - self.incoming.len() < READ_BYTES_MIN {
-                self.incoming.reserve(READ_BYTES);
-            }
-            if self.socket.read_buf(&mut self.incoming).await.map_err(Error::Broken)? == 0 {
-                return Err(Error::Closed);
-            }
         }
+    }
+
+    /// The next frame; `None`: more of it has come, and it is not whole yet. Cancel-safe.
+    ///
+    /// # Errors
+    /// See [`Connection::read`].
+    pub async fn read_part(&mut self) -> Result<Option<Frame>, Error> {
+        if let Some(frame) = take_frame(&mut self.incoming, self.frame_bytes_max)? {
+            return Ok(Some(frame));
+        }
+        if self.incoming.capacity() - self.incoming.len() < READ_BYTES_MIN {
+            self.incoming.reserve(READ_BYTES);
+        }
+        if self.socket.read_buf(&mut self.incoming).await.map_err(Error::Broken)? == 0 {
+            return Err(Error::Closed);
+        }
+        take_frame(&mut self.incoming, self.frame_bytes_max)
     }
 
     /// Puts a frame into the outgoing buffer; `flush` sends it.

@@ -58,6 +58,8 @@ pub enum Event {
         /// Whether it wants a status now.
         reply_requested: bool,
     },
+    /// More bytes of a message that is not whole yet: a large row on a slow way. Only a sign of life.
+    Part,
 }
 
 /// What we tell Postgres.
@@ -215,7 +217,7 @@ impl Stream {
     /// `Closed` when the server ends the stream, `Server` with its reason, `PublicationSkipped` on PostgreSQL 18.
     pub async fn next(&mut self) -> Result<Event, Error> {
         loop {
-            let frame = self.connection.read().await?;
+            let Some(frame) = self.connection.read_part().await? else { return Ok(Event::Part) };
             if let Some(event) = event(frame)? {
                 return Ok(event);
             }

@@ -1,9 +1,10 @@
 //! First station: the stream becomes items in the channel, and the settled position goes back to Postgres.
 //!
-//! The traps. Status goes out on its own timer, also while the channel is full and nothing is read, or the server takes us
-//! for dead in the middle of a large transaction. A reply to every keepalive at once makes a stopping server send the next
-//! one at once, hundreds of thousands in seconds, so replies keep a distance. And what is told is what came out of the
-//! settler, never what was read.
+//! The traps. Status goes out on its own timer, also while the channel is full and nothing is read, or the server takes
+//! us for dead in the middle of a large transaction. A reply to every keepalive at once makes a stopping server send the
+//! next one at once, hundreds of thousands in seconds, so replies keep a distance. A row of megabytes on a slow way takes
+//! longer than a stream may be silent, and a session that ended for that would end so at every attempt: its parts are
+//! signs of life. And what is told is what came out of the settler, never what was read.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -252,6 +253,7 @@ impl<S: Source> Reader<'_, S> {
                 self.feedback.reply_requested |= reply_requested;
                 self.assembler.keepalive(wal_end)?
             }
+            Event::Part => None,
         };
         if let Some(Item::Checkpoint(lsn)) = &item {
             self.feedback.received = self.feedback.received.max(*lsn);

@@ -51,6 +51,7 @@ async fn capture(version: u32) -> Vec<Vec<u8>> {
     loop {
         match stream.next().await.unwrap() {
             Event::Data(bytes) => messages.push(bytes.to_vec()),
+            Event::Part => {}
             Event::Keepalive { wal_end, .. } if wal_end >= end => return messages,
             Event::Keepalive { .. } => {
                 let status = Status { received: Lsn::ZERO, settled: Lsn::ZERO, reply_requested: true };

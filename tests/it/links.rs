@@ -295,6 +295,26 @@ fn is_reset<T>(result: std::io::Result<T>) -> bool {
     result.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
+/// 900 KB at 100 KB a second: twice `wal_sender_timeout`, and no whole message meanwhile. A session that took it for silence
+/// would end, and so would the next one, at the same row.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_takes_longer_to_arrive_than_a_stream_may_be_silent_arrives() {
+    let mut bench = Bench::start().await;
+    let mark = if bench.through.url.contains('?') { '&' } else { '?' };
+    bench.through.url += &format!("{mark}options=-c%20wal_sender_timeout%3D4s");
+    let relay = Relay::start(&bench.through);
+    relay.ready().await;
+    bench.postgres.set(Toxics { bandwidth_down: Some(100 << 10), ..Toxics::default() });
+    let large = "insert into outbox (aggregatetype, aggregateid, type, payload) \
+                 values ('order', '1', 'large', to_jsonb(repeat('x', 900000)))";
+    bench.outbox.sql(large).await;
+    bench.consumer.wait_distinct(1).await;
+    bench.postgres.heal();
+    bench.outbox.wait_confirmed(bench.outbox.current().await).await;
+    assert_eq!(relay.stop(), 0);
+    bench.assert_good();
+}
+
 #[tokio::test]
 async fn latency_is_paid_both_ways_and_bandwidth_by_every_byte() {
     let link = echo().await;

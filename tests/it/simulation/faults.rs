@@ -68,6 +68,7 @@ faults! {
     Keepalive 60 harmless "a keepalive where none is due",
     KeepaliveJumps 30 harmless "a keepalive as far on as the next commit record",
     StreamRests 30 harmless "the server takes a rest",
+    SlowRow 2 harmless "a message comes in parts, for longer than the stream may be silent",
     OtherTable 60 harmless "a row of another table of the publication",
     OtherRows 6 harmless "thousands of rows of another table at once",
     OtherMessage 40 harmless "a change that is no event",

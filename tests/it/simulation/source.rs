@@ -41,6 +41,8 @@ pub(super) struct FakeSource {
     start: u64,
     frames: VecDeque<Frame>,
     next_at: Instant,
+    /// Before the next frame is whole.
+    parts: u32,
     keepalive_at: Instant,
     described: BTreeSet<u32>,
     /// Entries of the WAL that were decoded.
@@ -72,6 +74,7 @@ impl FakeSource {
             start,
             frames: VecDeque::new(),
             next_at: Instant::now(),
+            parts: 0,
             keepalive_at: Instant::now() + SILENCE_MAX / 3,
             described: BTreeSet::new(),
             decoded: 0,
@@ -317,6 +320,14 @@ impl Source for FakeSource {
             let is_alive = self.is_alive();
             if self.frames.is_empty() && is_alive {
                 self.decode();
+            }
+            if self.parts == 0 && !self.frames.is_empty() && self.strikes(Fault::SlowRow) {
+                self.parts = 12;
+            }
+            if self.parts > 0 && is_alive {
+                self.parts -= 1;
+                self.next_at = Instant::now() + SILENCE_MAX / 8;
+                return Ok(Event::Part);
             }
             // What stands in the socket arrives although the server is gone; but not always all of it.
             if !is_alive && (self.frames.is_empty() || self.world.random(|random| random.u8(..) < 60)) {
