@@ -5,15 +5,15 @@
 //! methods), and one variant of [`AnySink`].
 
 pub mod rabbitmq;
-mod receipt;
 pub mod stdout;
 
 use std::fmt;
 use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 pub use rabbitmq::RabbitMq;
-pub use receipt::Receipt;
 pub use stdout::Stdout;
 
 use crate::finding::Finding;
@@ -50,6 +50,30 @@ pub trait Sink: Send {
         Self: Sized,
     {
         std::future::ready(())
+    }
+}
+
+/// Settles when the broker holds every message of a run.
+pub struct Receipt(Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>);
+
+impl Receipt {
+    /// Settles when `settled` does.
+    pub fn new(settled: impl Future<Output = Result<(), Error>> + Send + 'static) -> Self {
+        Self(Box::pin(settled))
+    }
+}
+
+impl Future for Receipt {
+    type Output = Result<(), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Receipt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Receipt")
     }
 }
 

@@ -23,7 +23,6 @@ use super::refusal::Account;
 use super::wire;
 use crate::metrics::Metrics;
 use crate::outbox::Message;
-use crate::sink::receipt::{Progress, failure};
 use crate::sink::{Error, Receipt, Refusal};
 
 /// Beats are looked at this often an interval, so that one goes out before the broker misses it.
@@ -40,11 +39,17 @@ pub(super) enum Command {
     Close,
 }
 
+/// How many messages, counted from the session's first, the broker holds; and what ended it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Progress {
+    settled: u64,
+    failure: Option<Error>,
+}
+
 /// The task's end of the rope. Dropped: the task ends, and the socket with it.
 pub(super) struct Session {
     // Bounded by the window, which is taken before a run is made.
     commands: mpsc::UnboundedSender<Command>,
-    /// Counts messages.
     progress: watch::Receiver<Progress>,
     task: JoinHandle<()>,
 }
@@ -88,18 +93,30 @@ impl Session {
 
     /// Settles when the broker holds the first `last` messages of the session.
     pub(super) fn receipt(&self, last: u64) -> Receipt {
-        Receipt::after(last, &self.progress)
+        let mut progress = self.progress.clone();
+        Receipt::new(async move {
+            let settled = progress.wait_for(|progress| progress.settled >= last || progress.failure.is_some()).await;
+            match settled {
+                Ok(progress) if progress.settled >= last => Ok(()),
+                Ok(progress) => Err(progress.failure.clone().unwrap_or_else(gone)),
+                Err(_) => Err(gone()),
+            }
+        })
     }
 
     /// What ended it.
     pub(super) fn failure(&self) -> Error {
-        failure(&self.progress)
+        self.progress.borrow().failure.clone().unwrap_or_else(gone)
     }
 
     /// Waits for the task's end.
     pub(super) async fn ended(&mut self) {
         let _ = (&mut self.task).await;
     }
+}
+
+fn gone() -> Error {
+    Error::Broken("the session is closed".to_owned())
 }
 
 /// Heartbeats may be off.
