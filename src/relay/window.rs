@@ -106,8 +106,7 @@ impl Window {
         loop {
             {
                 let mut counts = self.counts();
-                let size = counts.sizing.now();
-                let fits = need.messages <= size.saturating_sub(counts.messages)
+                let fits = need.messages <= counts.sizing.now().saturating_sub(counts.messages)
                     && need.bytes <= self.bytes_max.saturating_sub(counts.bytes);
                 if fits {
                     counts.messages += need.messages;
