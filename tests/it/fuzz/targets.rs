@@ -241,11 +241,13 @@ pub(super) fn address(data: &[u8]) {
         Ok(addresses) => {
             assert!(!addresses.is_empty() && addresses.len() <= text.matches("://").count());
             // What stands in brackets is an address, and no default takes its place.
-            let (brackets, numeric) =
-                (text.matches("//[").count() + text.matches("@[").count(), |address: &&Address| {
-                    address.host.contains(':')
-                });
-            assert!(text.contains('?') || addresses.iter().filter(numeric).count() == brackets, "{text}");
+            let begins_with_bracket = |rest: &&str| {
+                let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+                authority.rsplit('@').next().is_some_and(|host| host.starts_with('['))
+            };
+            let brackets = text.split("://").skip(1).filter(begins_with_bracket).count();
+            let numeric = addresses.iter().filter(|address| address.host.contains(':')).count();
+            assert!(text.contains('?') || numeric == brackets, "{text}");
             for address in addresses {
                 assert!(!address.host.is_empty() && address.port > 0 && !address.host.contains(['@', '/', '[', ',']));
                 let is_numeric = address.host.contains(':');
