@@ -82,7 +82,7 @@ pub const KEYS: [Key; 28] = [
         "the broker's max_message_size; else its version's default, 16MiB since 4.0 and 128MiB before. A larger body stops \
          the relay",
     ),
-    key("rabbitmq.confirm_timeout", "30s", "how long the broker may hold back a confirm"),
+    key("rabbitmq.confirm_timeout", "30s", "how long the broker may hold back a confirm of what it has in whole"),
     key("http.listen", "127.0.0.1:9190", "probes and metrics; empty: off"),
     key("run.drain_timeout", "25s", "how long a stop may wait for confirms"),
     key("run.give_up_after", "never", "how long a peer may stay away before exit 69"),

@@ -10,6 +10,8 @@ pub mod stdout;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -54,12 +56,38 @@ pub trait Sink: Send {
 }
 
 /// Settles when the broker holds every message of a run.
-pub struct Receipt(Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>);
+pub struct Receipt {
+    settled: Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>,
+    under_way: Option<Arc<UnderWay>>,
+}
+
+/// How much of a session's output the broker has taken, while more of it waits.
+#[derive(Debug, Default)]
+pub struct UnderWay(AtomicU64);
+
+impl UnderWay {
+    /// So many bytes were taken since the session began, and more wait; or none does.
+    pub fn set(&self, bytes: Option<u64>) {
+        self.0.store(bytes.unwrap_or(0), Ordering::Relaxed);
+    }
+}
 
 impl Receipt {
     /// Settles when `settled` does.
     pub fn new(settled: impl Future<Output = Result<(), Error>> + Send + 'static) -> Self {
-        Self(Box::pin(settled))
+        Self { settled: Box::pin(settled), under_way: None }
+    }
+
+    /// With what tells whether messages still move towards the broker.
+    pub fn with_under_way(self, under_way: Arc<UnderWay>) -> Self {
+        Self { under_way: Some(under_way), ..self }
+    }
+
+    /// A number that rises as long as the broker takes messages that wait for it; `None`: none waits, or that is not known.
+    /// A confirm is owed for what the broker has in whole, so a slow way there is no late confirm.
+    pub fn bytes_under_way(&self) -> Option<u64> {
+        let bytes = self.under_way.as_ref()?.0.load(Ordering::Relaxed);
+        (bytes > 0).then_some(bytes)
     }
 }
 
@@ -67,7 +95,7 @@ impl Future for Receipt {
     type Output = Result<(), Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(cx)
+        self.settled.as_mut().poll(cx)
     }
 }
 

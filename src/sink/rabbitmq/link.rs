@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -16,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use super::frames::{self, Fault, Word};
 use super::tls;
 use super::wire::CHANNEL;
+use crate::sink::UnderWay;
 
 /// A socket, with TLS or without.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -111,6 +113,8 @@ pub(super) struct Link {
     pub(super) frame_max: usize,
     /// Something came since this was last cleared.
     pub(super) heard: bool,
+    /// Who waits for confirms must know whether what is to be confirmed still goes.
+    pub(super) under_way: Arc<UnderWay>,
     unflushed: bool,
     write_fault: Option<io::Error>,
 }
@@ -123,6 +127,7 @@ impl Link {
             output: Output::default(),
             frame_max,
             heard: false,
+            under_way: Arc::default(),
             unflushed: false,
             write_fault: None,
         }
@@ -170,6 +175,7 @@ impl Link {
                 Poll::Ready(Ok(0)) => self.write_fault = Some(ErrorKind::WriteZero.into()),
                 Poll::Ready(Ok(count)) => {
                     self.output.advance(count);
+                    self.under_way.set((!self.is_written()).then_some(self.output.written()));
                     (wrote, self.unflushed) = (true, true);
                 }
                 Poll::Ready(Err(error)) => self.write_fault = Some(error),

@@ -23,7 +23,7 @@ use super::refusal::Account;
 use super::wire;
 use crate::metrics::Metrics;
 use crate::outbox::Message;
-use crate::sink::{Error, Receipt, Refusal};
+use crate::sink::{Error, Receipt, Refusal, UnderWay};
 
 /// Beats are looked at this often an interval, so that one goes out before the broker misses it.
 const LOOKS_PER_HEARTBEAT: u32 = 2;
@@ -51,6 +51,7 @@ pub(super) struct Session {
     // Bounded by the window, which is taken before a run is made.
     commands: mpsc::UnboundedSender<Command>,
     progress: watch::Receiver<Progress>,
+    under_way: Arc<UnderWay>,
     task: JoinHandle<()>,
 }
 
@@ -64,6 +65,7 @@ impl Session {
     pub(super) fn start(opened: Opened, account: Account, metrics: Arc<Metrics>) -> Self {
         let (commands, receiver) = mpsc::unbounded_channel();
         let (sender, progress) = watch::channel(Progress::default());
+        let under_way = opened.link.under_way.clone();
         let task = Task {
             link: opened.link,
             ledger: Ledger::default(),
@@ -83,7 +85,7 @@ impl Session {
             looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             looks
         });
-        Self { commands, progress, task: tokio::spawn(task.run(receiver, looks)) }
+        Self { commands, progress, under_way, task: tokio::spawn(task.run(receiver, looks)) }
     }
 
     /// Asks the task. One that has ended has said why, or will not be asked.
@@ -94,14 +96,15 @@ impl Session {
     /// Settles when the broker holds the first `last` messages of the session.
     pub(super) fn receipt(&self, last: u64) -> Receipt {
         let mut progress = self.progress.clone();
-        Receipt::new(async move {
+        let settled = async move {
             let settled = progress.wait_for(|progress| progress.settled >= last || progress.failure.is_some()).await;
             match settled {
                 Ok(progress) if progress.settled >= last => Ok(()),
                 Ok(progress) => Err(progress.failure.clone().unwrap_or_else(gone)),
                 Err(_) => Err(gone()),
             }
-        })
+        };
+        Receipt::new(settled).with_under_way(self.under_way.clone())
     }
 
     /// What ended it.

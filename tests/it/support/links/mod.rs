@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
@@ -21,6 +22,9 @@ use tokio::task::{JoinHandle, JoinSet};
 pub(crate) use ledger::Ledger;
 pub(crate) use toxics::Toxics;
 use toxics::{Countdowns, Flow, Setting};
+
+/// Of the receiving end of a slow link, where its kernel has megabytes otherwise.
+const SLOW_BUFFER_BYTES: usize = 64 * 1024;
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +185,10 @@ async fn serve(
         let _ = client.set_zero_linger();
         return;
     };
+    if setting.borrow().toxics.bandwidth_up.is_some() {
+        // What the kernel takes for us has not gone anywhere.
+        let _ = SockRef::from(&client).set_recv_buffer_size(SLOW_BUFFER_BYTES);
+    }
     let _ = client.set_nodelay(true);
     let _ = server.set_nodelay(true);
     let protocol: Mutex<Box<dyn Protocol>> = Mutex::new(match shared.server {
