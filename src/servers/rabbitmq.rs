@@ -90,16 +90,17 @@ impl RabbitMq {
 
     /// The same with more than the defaults.
     pub fn start_with(extras: &Extras) -> Result<Self, Error> {
-        Self::start_prepared(Path::new("/"), extras)
+        Self::start_from_with(Path::new("/"), extras)
     }
 
     /// The same for what is unpacked below `root` as Debian would install it: the scripts in `usr/lib/rabbitmq/bin`, and in
     /// `usr/lib/erlang/bin` an `erl` and an `epmd` that run from there (see `scripts/install-rabbitmq-4`).
     pub fn start_from(root: &Path) -> Result<Self, Error> {
-        Self::start_prepared(root, &Extras::default())
+        Self::start_from_with(root, &Extras::default())
     }
 
-    fn start_prepared(root: &Path, extras: &Extras) -> Result<Self, Error> {
+    /// Both: from there, with more than the defaults.
+    pub fn start_from_with(root: &Path, extras: &Extras) -> Result<Self, Error> {
         let mut attempt = 0;
         loop {
             attempt += 1;

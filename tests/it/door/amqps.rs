@@ -15,7 +15,7 @@ use super::tls::kinds;
 use super::{Authority, CANARY, Home, Issued, mode, named, opens, session};
 use crate::support::consumer::Consumer;
 use crate::support::relay::{Relay, environment, pgoutbox};
-use crate::support::{Outbox, shared_postgres};
+use crate::support::{Outbox, rabbitmq_4, shared_postgres};
 
 /// Lets in by certificate, too; the user is the Common Name.
 const LOGIN: &str = "auth_mechanisms.1 = PLAIN\nauth_mechanisms.2 = AMQPLAIN\nauth_mechanisms.3 = EXTERNAL\n\
@@ -23,6 +23,10 @@ const LOGIN: &str = "auth_mechanisms.1 = PLAIN\nauth_mechanisms.2 = AMQPLAIN\nau
 
 /// A broker with a right certificate that trusts what this authority signs.
 fn broker(authority: &Authority, demands_certificate: bool) -> RabbitMq {
+    broker_from(Path::new("/"), authority, demands_certificate)
+}
+
+fn broker_from(root: &Path, authority: &Authority, demands_certificate: bool) -> RabbitMq {
     let issued = authority.issue(named(&["localhost", "127.0.0.1"], "x"));
     let tls = Tls {
         authorities: authority.pem.clone(),
@@ -31,7 +35,8 @@ fn broker(authority: &Authority, demands_certificate: bool) -> RabbitMq {
         demands_certificate,
     };
     let plugins = vec!["rabbitmq_auth_mechanism_ssl".to_owned()];
-    RabbitMq::start_with(&Extras { plugins, configuration: LOGIN.to_owned(), tls: Some(tls) }).unwrap()
+    let extras = Extras { plugins, configuration: LOGIN.to_owned(), tls: Some(tls) };
+    RabbitMq::start_from_with(root, &extras).unwrap()
 }
 
 fn url(broker: &RabbitMq, host: &str, query: &str) -> String {
@@ -333,4 +338,30 @@ async fn a_relay_delivers_over_tls_to_the_first_host_that_lives() {
         assert_eq!(text.lines().any(is_ok), is_trusted, "{text}");
         assert!(!text.contains(CANARY), "{text}");
     }
+}
+
+/// Its Erlang is another, and so is its TLS.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_delivers_over_tls_to_rabbitmq_4_and_logs_in_by_certificate() {
+    let authority = Authority::new("one");
+    let broker = broker_from(&rabbitmq_4(), &authority, true);
+    broker.ctl(&["add_user", "relay", CANARY]).unwrap();
+    broker.ctl(&["set_permissions", "relay", ".*", ".*", ".*"]).unwrap();
+    let home = Home::new();
+    let roots = home.write("roots.pem", &authority.pem);
+    let (certificate, key) = written(&home, "relay", &authority.issue(named(&[], "relay")));
+    let outbox = Outbox::create(shared_postgres(), &broker).await;
+    let consumer = Consumer::start(&outbox).await;
+    let url = format!("amqps://localhost:{}/%2f?auth_mechanism=external", broker.tls_port().unwrap());
+    let settings = [("rabbitmq.tls_ca", roots), ("rabbitmq.tls_certificate", certificate), ("rabbitmq.tls_key", key)];
+    let settings = settings.map(|(key, path)| (key, path.display().to_string()));
+    let settings: Vec<_> = settings.iter().map(|(key, path)| (*key, path.as_str())).collect();
+    let relay = Relay::start_at(&outbox.url, &url, &outbox.name, &settings);
+    relay.ready().await;
+    let id = outbox.insert("placed").await;
+    assert_eq!(consumer.wait_distinct(1).await[0].id, id);
+    outbox.wait_confirmed(outbox.current().await).await;
+    let listed = broker.ctl(&["list_connections", "user", "ssl"]).unwrap();
+    assert!(listed.lines().any(|line| line == "relay\ttrue") && !listed.contains("relay\tfalse"), "{listed}");
+    assert_eq!(relay.stop(), 0);
 }
