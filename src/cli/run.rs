@@ -43,6 +43,8 @@ impl Arguments {
 pub(super) struct Configured {
     pub(super) sink: SinkSettings,
     pub(super) metrics: Arc<Metrics>,
+    /// Of the broker's, that of the last session.
+    pub(super) host: usize,
 }
 
 impl Broker for Configured {
@@ -51,10 +53,18 @@ impl Broker for Configured {
     async fn open(&mut self) -> Result<AnySink, sink::Error> {
         Ok(match &self.sink {
             SinkSettings::RabbitMq(settings) => {
-                AnySink::RabbitMq(Box::new(RabbitMq::open(settings, self.metrics.clone()).await?))
+                let session = RabbitMq::open(settings, self.metrics.clone()).await?;
+                self.host = session.host();
+                AnySink::RabbitMq(Box::new(session))
             }
             SinkSettings::Stdout => AnySink::Stdout(Stdout::open()),
         })
+    }
+
+    fn pass_on(&mut self) {
+        if let SinkSettings::RabbitMq(settings) = &mut self.sink {
+            settings.put_last(self.host);
+        }
     }
 }
 
@@ -67,7 +77,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     let stop = stop_on_signal()?;
     serve(&config, &metrics, stop.clone()).await?;
     warn(&config.sink);
-    let broker = Configured { sink: config.sink, metrics: metrics.clone() };
+    let broker = Configured { sink: config.sink, metrics: metrics.clone(), host: 0 };
     let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
         settings: config.postgres,

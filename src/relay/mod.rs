@@ -106,6 +106,10 @@ pub trait Broker: Send {
 
     /// Opens one.
     fn open(&mut self) -> impl Future<Output = Result<Self::Sink, sink::Error>> + Send;
+
+    /// The last session took messages and held back their confirms: where there are several hosts, another one comes first
+    /// from now on. A node that is cut off from its cluster lets everybody in, and can store nothing.
+    fn pass_on(&mut self) {}
 }
 
 /// Resolves when the stream must not go on, with the reason.
@@ -237,6 +241,9 @@ pub async fn run<D: Database, B: Broker>(
         };
         metrics.closed(Some(explain(&error)));
         note_refusal(&error, metrics);
+        if matches!(error, Error::Sink(sink::Error::Timeout { .. })) {
+            broker.pass_on();
+        }
         if error.retry() == Retry::Never {
             return Err(error);
         }

@@ -5,6 +5,8 @@
 //! environment. So the script under `/usr/lib` runs with an environment of its own, told to `exec` (the child we hold *is*
 //! the Erlang machine), and epmd is our child as well, on a port of its own.
 
+mod cluster;
+
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -90,21 +92,26 @@ impl RabbitMq {
 
     /// The same with more than the defaults.
     pub fn start_with(extras: &Extras) -> Result<Self, Error> {
-        Self::start_from_with(Path::new("/"), extras)
+        Self::start_prepared(Path::new("/"), extras, None)
     }
 
     /// The same for what is unpacked below `root` as Debian would install it: the scripts in `usr/lib/rabbitmq/bin`, and in
     /// `usr/lib/erlang/bin` an `erl` and an `epmd` that run from there (see `scripts/install-rabbitmq-4`).
     pub fn start_from(root: &Path) -> Result<Self, Error> {
-        Self::start_from_with(root, &Extras::default())
+        Self::start_prepared(root, &Extras::default(), None)
     }
 
     /// Both: from there, with more than the defaults.
     pub fn start_from_with(root: &Path, extras: &Extras) -> Result<Self, Error> {
+        Self::start_prepared(root, extras, None)
+    }
+
+    /// Of the cluster of `first`, if there is one.
+    fn start_prepared(root: &Path, extras: &Extras, first: Option<&Self>) -> Result<Self, Error> {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let mut server = Self::prepare(root, extras)?;
+            let mut server = Self::prepare(root, extras, first)?;
             match server.start_again() {
                 Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("eaddrinuse") => {}
                 result => return result.map(|()| server),
@@ -221,7 +228,7 @@ impl RabbitMq {
         Err(Error::refused(format!("run rabbitmqctl {}", args.join(" ")), why.trim()))
     }
 
-    fn prepare(root: &Path, extras: &Extras) -> Result<Self, Error> {
+    fn prepare(root: &Path, extras: &Extras, first: Option<&Self>) -> Result<Self, Error> {
         let script = root.join(BIN).join("rabbitmq-server");
         if !script.is_file() {
             let looked_for = script.display().to_string();
@@ -235,6 +242,7 @@ impl RabbitMq {
         let keeper = Keeper::of(directory.path())?;
         let [port, tls_port, distribution_port, epmd_port] = free_ports()?;
         let tls_port = extras.tls.as_ref().map(|_| tls_port);
+        let epmd_port = first.map_or(epmd_port, |first| first.epmd_port);
         let node = format!("pgoutbox-{port}@localhost");
         let (epmd, beam) = (None, None);
         let server = Self { root, node, port, tls_port, distribution_port, epmd_port, epmd, beam, directory, keeper };
@@ -242,6 +250,9 @@ impl RabbitMq {
         let mut configuration = CONFIGURATION.to_owned() + &extras.configuration;
         if let (Some(tls), Some(port)) = (&extras.tls, tls_port) {
             configuration += &server.listen_for_tls(tls, port)?;
+        }
+        if let Some(first) = first {
+            configuration += &first.admit(&server)?;
         }
         server.write("rabbitmq.conf", &configuration)?;
         Ok(server)
@@ -265,7 +276,8 @@ impl RabbitMq {
     }
 
     fn start_epmd(&mut self) -> Result<(), Error> {
-        if self.epmd.as_ref().and_then(process_of).is_some() {
+        // Since an earlier start, or the first node's.
+        if self.epmd_listens() {
             return Ok(());
         }
         let port = self.epmd_port.to_string();
@@ -276,11 +288,14 @@ impl RabbitMq {
             self.keeper.tell(process, "KILL")?;
         }
         // Listening before the node looks for it, or the node would start another.
-        let listens = || TcpStream::connect((Ipv4Addr::LOCALHOST, self.epmd_port)).is_ok();
-        if true_within(START_WITHIN, listens) {
+        if true_within(START_WITHIN, || self.epmd_listens()) {
             return Ok(());
         }
         Err(Error::refused("start RabbitMQ", "epmd, its port mapper, does not listen"))
+    }
+
+    fn epmd_listens(&self) -> bool {
+        TcpStream::connect((Ipv4Addr::LOCALHOST, self.epmd_port)).is_ok()
     }
 
     fn wait_until_it_answers(&mut self) -> Result<(), Error> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pgoutbox::servers::{Error, Postgres, RabbitMq};
+use pgoutbox::servers::{Error, Extras, Postgres, RabbitMq};
 
 use crate::support::{POSTGRES_VERSIONS, postgres_18, postgres_bin, rabbitmq_4};
 
@@ -318,6 +318,27 @@ fn rabbitmq_stops_dies_freezes_and_comes_back_and_leaves_nothing_behind() {
     assert!(processes_of(&directory).len() > 2, "the search finds the node, its port mapper and its keeper");
     drop(server);
     assert_nothing_left_of(&directory);
+}
+
+#[test]
+fn a_peer_is_in_the_cluster_comes_back_to_it_and_leaves_nothing_behind() {
+    let first = RabbitMq::start().unwrap();
+    let mut peer = first.peer(&Extras::default()).unwrap();
+    let directories = [&first, &peer].map(|node| directory_of_process(node.pid()));
+    assert!(directories[0] != directories[1] && first.port() != peer.port());
+    assert!(first.ctl(&["add_user", "kept", "secret"]).is_ok());
+    assert!(peer.ctl(&["list_users"]).unwrap().contains("kept"));
+
+    peer.kill().unwrap();
+    assert!(first.ctl(&["add_user", "meanwhile", "secret"]).is_ok());
+    peer.start_again().unwrap();
+    let users = peer.ctl(&["list_users"]).unwrap();
+    assert!(users.contains("kept") && users.contains("meanwhile"), "{users}");
+
+    // The one with the port mapper goes first.
+    drop(first);
+    drop(peer);
+    directories.iter().for_each(|directory| assert_nothing_left_of(directory));
 }
 
 #[test]

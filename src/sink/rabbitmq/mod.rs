@@ -68,6 +68,15 @@ impl std::fmt::Debug for Settings {
 }
 
 impl Settings {
+    /// From now on this host is tried when all others have been.
+    pub fn put_last(&mut self, host: usize) {
+        if self.addresses.len() > 1 && host < self.addresses.len() {
+            let address = self.addresses.remove(host);
+            tracing::debug!(host = %address, "it held back its confirms: the other hosts come first from now on");
+            self.addresses.push(address);
+        }
+    }
+
     /// Where somebody else could listen or pose as the broker, and what to do about it; told once, at start.
     pub fn warnings(&self) -> Vec<String> {
         let of = |address: &Address| {
@@ -91,6 +100,7 @@ impl Settings {
 /// A broker session: one connection, one channel.
 pub struct RabbitMq {
     session: Session,
+    host: usize,
     server: String,
     message_bytes_max: u64,
     header_bytes_max: usize,
@@ -108,9 +118,9 @@ impl RabbitMq {
             return Err(Error::Setup(Finding::new(problem, Remedy::act("set rabbitmq.exchange to a shorter one"))));
         }
         let mut errors = Vec::new();
-        for address in &settings.addresses {
+        for (host, address) in settings.addresses.iter().enumerate() {
             match Self::open_at(address, settings, &metrics).await {
-                Ok(session) => return Ok(session),
+                Ok(session) => return Ok(Self { host, ..session }),
                 Err(error) => errors.push(error),
             }
         }
@@ -127,7 +137,12 @@ impl RabbitMq {
         let header_bytes_max = opened.link.frame_max.saturating_sub(FRAME_OVERHEAD);
         let session = Session::start(opened, Account::of(address, settings), metrics.clone());
         tracing::debug!(server, message_bytes_max, "a session with the broker is open");
-        Ok(Self { session, server, message_bytes_max, header_bytes_max, published: 0 })
+        Ok(Self { session, host: 0, server, message_bytes_max, header_bytes_max, published: 0 })
+    }
+
+    /// Which of the addresses of its settings it is a session with.
+    pub fn host(&self) -> usize {
+        self.host
     }
 
     /// The broker's product and version, as it says them: `RabbitMQ 3.10.8`.

@@ -11,6 +11,11 @@ use crate::support::{connect, eventually};
 /// Longer than Postgres and the broker wait for a silent relay here (6 s, and twice 4 s).
 pub(super) const TIMEOUTS: Duration = Duration::from_secs(9);
 
+/// For `rabbitmqctl eval` before a node is killed. RabbitMQ 3.10 writes its directory of quorum queues when nothing has
+/// touched it for half a second (dets' auto_save in Ra); a node killed before that comes back with a queue that never finds
+/// its leader. Its own loss, not ours to try.
+pub(super) const SYNC: &str = "[dets:sync(T) || T <- dets:all()].";
+
 /// One of the two links.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Side {
@@ -82,11 +87,8 @@ impl Round {
     }
 
     /// SIGKILL. Left dead.
-    ///
-    /// RabbitMQ 3.10 writes its directory of quorum queues when nothing has touched it for half a second (dets' auto_save in
-    /// Ra); a node killed before that comes back with a queue that never finds its leader. Its own loss, not ours to try.
     pub(super) async fn end_broker(&mut self) {
-        self.site.rabbitmq.ctl(&["eval", "[dets:sync(T) || T <- dets:all()]."]).unwrap();
+        self.site.rabbitmq.ctl(&["eval", SYNC]).unwrap();
         self.moment().await;
         self.site.rabbitmq.kill().unwrap();
     }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use pgoutbox::lsn::Lsn;
 use pgoutbox::servers::{Postgres, RabbitMq};
 
+use super::cluster;
 use super::judge::Outcome;
-use crate::support::consumer::{Consumer, Kind, channel};
+use crate::support::consumer::{Consumer, channel};
 use crate::support::links::{Ledger, Link};
 use crate::support::load::{ENDLESS, Mix, Oracle, Writers};
 use crate::support::relay::Relay;
@@ -27,13 +28,18 @@ const MEMORY_MAX_KIB: u64 = 128 * 1024;
 pub(super) struct Site {
     pub(super) postgres: Postgres,
     pub(super) rabbitmq: RabbitMq,
+    /// The other nodes of its cluster; of most rows, none.
+    pub(super) peers: Vec<RabbitMq>,
 }
 
 impl Site {
-    pub(super) fn start() -> Self {
+    /// With a broker of so many nodes.
+    pub(super) fn start(nodes: usize) -> Self {
         let settings =
             [("wal_sender_timeout", "6s"), ("max_prepared_transactions", "20"), ("checkpoint_timeout", "30s")];
-        let site = Self { postgres: Postgres::start(&settings).unwrap(), rabbitmq: RabbitMq::start().unwrap() };
+        let postgres = Postgres::start(&settings).unwrap();
+        let (rabbitmq, peers) = cluster::start(nodes);
+        let site = Self { postgres, rabbitmq, peers };
         site.permit();
         site
     }
@@ -63,8 +69,12 @@ pub(super) struct Round {
     pub(super) relay: Option<Relay>,
     pub(super) to_postgres: Link,
     pub(super) to_rabbitmq: Link,
+    /// To the other nodes of a cluster.
+    pub(super) to_peers: Vec<Link>,
+    /// The node that relays to come try first.
+    pub(super) first: usize,
     pub(super) ledger: Ledger,
-    /// Classic, quorum and stream, in this order.
+    /// Of each kind of queue that the site's broker is asked for: classic, quorum and stream, in this order.
     pub(super) consumers: Vec<Consumer>,
     pub(super) random: fastrand::Rng,
     /// Settings of relays to come, as `section.key`.
@@ -81,25 +91,33 @@ pub(super) struct Round {
 impl Round {
     /// Everything runs, and messages have flowed.
     pub(super) async fn start(site: Site, seed: u64) -> Self {
-        let outbox = Outbox::create(&site.postgres, &site.rabbitmq).await;
+        let mut random = fastrand::Rng::with_seed(seed);
+        let outbox = Outbox::create_for(&site.postgres, site.amqp(&mut random)).await;
         outbox.sql(AUDIT).await;
         // Roles outlive a round's database.
         outbox.sql(&format!("{ROLE}; grant connect on database {} to relay", outbox.name)).await;
         let oracle = Oracle::start(&outbox).await;
         let mut consumers = Vec::new();
-        for kind in [Kind::Classic, Kind::Quorum, Kind::Stream] {
-            consumers.push(Consumer::start_kind(&outbox, kind).await);
+        for kind in site.kinds() {
+            consumers.push(Consumer::start_kind(&outbox, *kind).await);
         }
+        site.remember_queues();
         let ledger = Ledger::new(outbox.confirmed().await);
+        let mut to_peers = Vec::new();
+        for peer in &site.peers {
+            to_peers.push(Link::to_rabbitmq(peer.port(), &ledger).await);
+        }
         let mut round = Self {
             to_postgres: Link::to_postgres(site.postgres.port(), &ledger).await,
             to_rabbitmq: Link::to_rabbitmq(site.rabbitmq.port(), &ledger).await,
+            to_peers,
+            first: 0,
             site,
             outbox,
             relay: None,
             ledger,
             consumers,
-            random: fastrand::Rng::with_seed(seed),
+            random,
             settings: vec![("rabbitmq.confirm_timeout".to_owned(), "5s".to_owned())],
             writers: None,
             oracle,
@@ -133,12 +151,15 @@ impl Round {
 
     /// One more relay of the same slot, through the same links, under the memory limit.
     pub(super) fn new_relay(&self) -> Relay {
-        let (postgres, rabbitmq) = (self.to_postgres.port(), self.to_rabbitmq.port());
-        let database = &self.outbox.name;
+        let (postgres, database) = (self.to_postgres.port(), &self.outbox.name);
+        let mut ports: Vec<u16> = self.to_nodes().map(Link::port).collect();
+        ports.rotate_left(self.first);
+        let hosts: Vec<String> =
+            ports.iter().map(|port| format!("amqp://relay:{SECRET}@127.0.0.1:{port}/%2f?heartbeat=4")).collect();
         let settings: Vec<_> = self.settings.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let relay = Relay::start_at(
             &format!("postgres://relay:{SECRET}@127.0.0.1:{postgres}/{database}"),
-            &format!("amqp://relay:{SECRET}@127.0.0.1:{rabbitmq}/%2f?heartbeat=4"),
+            &hosts.join(","),
             &self.outbox.name,
             &settings,
         );
@@ -172,11 +193,11 @@ impl Round {
         self.logs += &relay.log();
     }
 
-    /// So many more messages have come out of the stream queue.
+    /// So many more messages have come out of the last queue.
     pub(super) async fn flowing(&self, count: usize) {
-        let stream = self.consumers.last().expect("three queues");
-        let before = stream.count();
-        eventually("messages flow", || async { stream.count() >= before + count }).await;
+        let last = self.consumers.last().expect("a queue");
+        let before = last.count();
+        eventually("messages flow", || async { last.count() >= before + count }).await;
     }
 
     /// A random moment of traffic has passed.
@@ -189,16 +210,18 @@ impl Round {
     pub(super) async fn lasts(&mut self, long: Duration) {
         // What is under way when the fault comes may end first.
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let before = (self.relay().cpu(), self.to_postgres.connections(), self.to_rabbitmq.connections());
+        let knocks = |round: &Self| round.to_nodes().map(Link::connections).sum::<u64>();
+        let before = (self.relay().cpu(), self.to_postgres.connections(), knocks(self));
         tokio::time::sleep(long).await;
         let cpu = self.relay().cpu().saturating_sub(before.0);
         let postgres = self.to_postgres.connections() - before.1;
-        let rabbitmq = self.to_rabbitmq.connections() - before.2;
+        let (rabbitmq, nodes) = (knocks(self) - before.2, self.site.nodes() as u64);
         if cpu > long / 20 {
             self.complaints.push(format!("{cpu:?} of CPU while waiting {long:?}"));
         }
-        // A session knocks at most three times at Postgres: control, stream, and to see what was told.
-        if rabbitmq > long.as_secs() + 1 || postgres > 3 * (long.as_secs() + 1) {
+        // A session knocks once at every node of the broker, and at most three times at Postgres: control, stream, and to see
+        // what was told.
+        if rabbitmq > nodes * (long.as_secs() + 1) || postgres > 3 * (long.as_secs() + 1) {
             self.complaints.push(format!("{postgres} and {rabbitmq} connections while waiting {long:?}"));
         }
     }
@@ -242,6 +265,9 @@ impl Round {
                 self.complaints.push(format!("a clean stop ended with {code}"));
             }
         }
+        if !self.site.mend().await {
+            self.complaints.push("the cluster is not whole again".to_owned());
+        }
         self.complaints.extend(self.ledger.violations());
         if self.peak_kib > MEMORY_MAX_KIB {
             self.complaints.push(format!("{} KiB of memory", self.peak_kib));
@@ -254,7 +280,7 @@ impl Round {
         outcome.log = std::mem::take(&mut self.logs);
         if !outcome.complaints.is_empty() {
             let path = std::env::temp_dir().join(format!("pgoutbox-faults-{}.broker.log", self.outbox.name));
-            std::fs::write(&path, self.site.rabbitmq.log()).unwrap();
+            std::fs::write(&path, self.site.broker_log()).unwrap();
             outcome.log += &format!("--- the broker's log is in {}\n", path.display());
         }
         self.clear().await;
@@ -283,7 +309,7 @@ impl Round {
     }
 
     /// Of each queue.
-    fn distinct(&self) -> Vec<usize> {
+    pub(super) fn distinct(&self) -> Vec<usize> {
         self.consumers.iter().map(Consumer::distinct).collect()
     }
 
@@ -305,6 +331,9 @@ impl Round {
             if now != last.1 {
                 last = (Instant::now(), now);
             }
+        }
+        for (kind, count) in self.site.kinds().iter().zip(last.1).filter(|(_, count)| *count < truth.len()) {
+            self.complaints.push(format!("of {} messages {count} came out of the queue of kind {kind:?}", truth.len()));
         }
         let marker = self.healed.as_ref().map(|healed| &healed.marker);
         if !marker.is_some_and(|marker| self.consumers.iter().all(|consumer| consumer.has(marker))) {
@@ -334,7 +363,7 @@ impl Round {
         let _ = self.outbox.client.batch_execute(sql).await;
         self.consumers.clear();
         let (_connection, channel) = channel(&self.outbox.amqp).await;
-        for kind in [Kind::Classic, Kind::Quorum, Kind::Stream] {
+        for kind in self.site.kinds() {
             let queue = kind.queue(&self.outbox);
             let _ = channel.queue_delete(queue.as_str().into(), Default::default()).await;
         }

@@ -24,7 +24,7 @@ pub(super) struct Outcome {
     pub(super) lost: usize,
     pub(super) phantom: usize,
     pub(super) reordered: usize,
-    /// By the stream queue, which keeps everything that was routed to it.
+    /// By the last queue: the stream, which keeps everything that was routed to it, or in a cluster the quorum queue.
     pub(super) duplicates: usize,
     pub(super) recovered: Option<Duration>,
     pub(super) peak_kib: u64,
@@ -44,9 +44,9 @@ impl Outcome {
         for received in queues {
             outcome.queue(received, &index_of);
         }
-        if let Some(stream) = queues.last() {
-            let distinct: HashSet<_> = stream.iter().map(|received| &received.id).collect();
-            outcome.duplicates = stream.len() - distinct.len();
+        if let Some(last) = queues.last() {
+            let distinct: HashSet<_> = last.iter().map(|received| &received.id).collect();
+            outcome.duplicates = last.len() - distinct.len();
         }
         outcome
     }

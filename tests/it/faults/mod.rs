@@ -16,6 +16,7 @@
 mod acts;
 mod arena;
 mod broker;
+mod cluster;
 mod database;
 mod judge;
 mod nemesis;
@@ -46,6 +47,13 @@ struct Row {
     run: for<'a> fn(&'a mut Round) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>>,
 }
 
+impl Row {
+    /// Of the broker that it is tried on.
+    fn nodes(&self) -> usize {
+        if cluster::ROWS.iter().any(|row| row.number == self.number) { cluster::NODES } else { 1 }
+    }
+}
+
 const fn allow(duplicates: usize) -> Allowed {
     Allowed { duplicates, reorder: false }
 }
@@ -55,7 +63,7 @@ const fn allow_reorder(duplicates: usize) -> Allowed {
 }
 
 fn rows() -> impl Iterator<Item = &'static Row> {
-    [process::ROWS, network::ROWS, database::ROWS, broker::ROWS].into_iter().flatten()
+    [process::ROWS, network::ROWS, database::ROWS, broker::ROWS, cluster::ROWS].into_iter().flatten()
 }
 
 fn variable(name: &str, otherwise: u64) -> u64 {
@@ -102,7 +110,8 @@ impl Worker {
     async fn row(&mut self, row: &Row, rounds: u64, seed: u64) -> Line {
         let mut line = Line::new(row.number, row.fault);
         for round in 0..rounds {
-            let site = self.site.take().unwrap_or_else(Site::start);
+            let site = self.site.take().filter(|site| site.nodes() == row.nodes());
+            let site = site.unwrap_or_else(|| Site::start(row.nodes()));
             let seed = seed.wrapping_add(round);
             let (outcome, site) = play(row, site, seed).await;
             self.site = site;
@@ -149,10 +158,10 @@ fn assert_passed(lines: &[Line]) {
     assert!(failed.is_empty(), "rows that failed:\n{}", failed.join("\n"));
 }
 
-/// A row of each kind: process, network, database and broker.
+/// A row of each kind: process, network, database, broker and cluster.
 #[test]
 fn a_few_rows_of_the_fault_table_pass_once() {
-    let few = ["2c", "8", "15a", "37"];
+    let few = ["2c", "8", "15a", "37", "52a"];
     let seed = seed();
     println!("seed {seed}");
     let rows = rows().filter(|row| few.contains(&row.number)).collect();

@@ -554,3 +554,17 @@ case!(a_broker_that_proposes_frames_too_small_to_use_does_no_harm, async {
     };
     Case::start_with(1, &[("rabbitmq.confirm_timeout", "2s")], script).await.replays_behind(0, &[]).await;
 });
+
+/// A node that is cut off from its cluster lets everybody in, and can store nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_holds_back_its_confirms_is_left_for_the_next_one() {
+    let (silent, honest) = (Broker::start(0, |_| Ok(())), Broker::honest());
+    let outbox = Outbox::create_for(shared_postgres(), format!("{},{}", silent.url(), honest.url())).await;
+    let row = outbox.insert("placed").await;
+    let relay = Relay::start_with(&outbox, &[("rabbitmq.confirm_timeout", "1s")]);
+    eventually("the row is settled", || async { relay.metric("pgoutbox_settled_total") == 1.0 }).await;
+    let came = |broker: &Broker| broker.published().into_iter().map(|published| published.id).collect::<Vec<_>>();
+    assert_eq!((came(&silent), came(&honest)), (vec![row.clone()], vec![row]), "{}", relay.log());
+    assert_eq!((silent.connections(), honest.connections()), (1, 1));
+    assert_eq!(relay.stop(), 0);
+}

@@ -109,9 +109,27 @@ impl Drop for Consumer {
 
 /// A channel on a connection of its own; the connection lives as long as the channel's task.
 pub(crate) async fn channel(amqp: &str) -> (Connection, lapin::Channel) {
-    let connection = Connection::connect(amqp, ConnectionProperties::default()).await.unwrap();
-    let channel = connection.create_channel().await.unwrap();
-    (connection, channel)
+    open(amqp).await.unwrap()
+}
+
+/// At the first of these nodes, URLs with commas between, that lets us in.
+async fn open(amqp: &str) -> Result<(Connection, lapin::Channel), lapin::Error> {
+    /// A node that is frozen takes the socket and says nothing.
+    const WITHIN: Duration = Duration::from_secs(10);
+    let mut failed = lapin::Error::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
+    for url in amqp.split(',') {
+        let opening = async {
+            let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+            let channel = connection.create_channel().await?;
+            Ok((connection, channel))
+        };
+        match tokio::time::timeout(WITHIN, opening).await {
+            Ok(Ok(opened)) => return Ok(opened),
+            Ok(Err(error)) => failed = error,
+            Err(_) => {}
+        }
+    }
+    Err(failed)
 }
 
 /// Declares the relay's exchange and a durable classic queue bound to it.
@@ -128,6 +146,11 @@ pub(crate) async fn bind_kind(outbox: &Outbox, queue: &str, key: &str, kind: Kin
     let durable = QueueDeclareOptions { durable: true, ..Default::default() };
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.name().into()));
+    if kind == Kind::Quorum {
+        // Or a consumer that comes back at another node is given what follows before the broker takes from the old
+        // connection what was on its way there: the queue's own disorder, that of several consumers, in nobody's publishes.
+        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    }
     channel.queue_declare(queue.into(), durable, arguments).await.unwrap();
     let options = QueueBindOptions::default();
     channel.queue_bind(queue.into(), exchange.into(), key.into(), options, FieldTable::default()).await.unwrap();
@@ -195,8 +218,7 @@ async fn consume_once(amqp: &str, queue: &str, kind: Kind, kept: &Mutex<Kept>) -
     /// Enough to keep the broker busy; what is not acknowledged comes again after a break.
     const PREFETCH: u16 = 1000;
     const ACK_AT_LEAST_EVERY: usize = 200;
-    let connection = Connection::connect(amqp, ConnectionProperties::default()).await?;
-    let channel = connection.create_channel().await?;
+    let (_connection, channel) = open(amqp).await?;
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
     if kind == Kind::Stream {
