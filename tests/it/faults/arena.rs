@@ -13,7 +13,7 @@ use super::judge::Outcome;
 use crate::support::consumer::{Consumer, Kind, channel};
 use crate::support::links::{Ledger, Link};
 use crate::support::load::{ENDLESS, Mix, Oracle, Writers};
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, Way};
 use crate::support::{Outbox, connect, eventually};
 
 /// The relay's passwords: no output may hold them.
@@ -69,6 +69,12 @@ pub(super) struct Round {
     pub(super) random: fastrand::Rng,
     /// Settings of relays to come, as `section.key`.
     pub(super) settings: Vec<(String, String)>,
+    /// What relays to come are run by.
+    pub(super) way: Vec<String>,
+    /// Postgres and the broker, as relays to come call them.
+    pub(super) hosts: [&'static str; 2],
+    /// How long relays to come may take to connect, when it is not the default.
+    pub(super) connect_within: Option<Duration>,
     writers: Option<Writers>,
     oracle: Oracle,
     healed: Option<Healed>,
@@ -101,6 +107,9 @@ impl Round {
             consumers,
             random: fastrand::Rng::with_seed(seed),
             settings: vec![("rabbitmq.confirm_timeout".to_owned(), "5s".to_owned())],
+            way: Vec::new(),
+            hosts: ["127.0.0.1"; 2],
+            connect_within: None,
             writers: None,
             oracle,
             healed: None,
@@ -134,11 +143,15 @@ impl Round {
     /// One more relay of the same slot, through the same links, under the memory limit.
     pub(super) fn new_relay(&self) -> Relay {
         let (postgres, rabbitmq) = (self.to_postgres.port(), self.to_rabbitmq.port());
-        let database = &self.outbox.name;
+        let (database, [to_postgres, to_rabbitmq]) = (&self.outbox.name, self.hosts);
+        let within = |text: &dyn Fn(Duration) -> String| self.connect_within.map(text).unwrap_or_default();
         let settings: Vec<_> = self.settings.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-        let relay = Relay::start_at(
-            &format!("postgres://relay:{SECRET}@127.0.0.1:{postgres}/{database}"),
-            &format!("amqp://relay:{SECRET}@127.0.0.1:{rabbitmq}/%2f?heartbeat=4"),
+        let to_postgres = format!("postgres://relay:{SECRET}@{to_postgres}:{postgres}/{database}");
+        let to_rabbitmq = format!("amqp://relay:{SECRET}@{to_rabbitmq}:{rabbitmq}/%2f?heartbeat=4");
+        let relay = Relay::start_at_by(
+            Way { under: self.way.clone(), ..Way::default() },
+            &(to_postgres + &within(&|long| format!("?connect_timeout={}", long.as_secs()))),
+            &(to_rabbitmq + &within(&|long| format!("&connection_timeout={}", long.as_millis()))),
             &self.outbox.name,
             &settings,
         );

@@ -18,6 +18,7 @@ mod arena;
 mod broker;
 mod database;
 mod judge;
+mod machine;
 mod nemesis;
 mod network;
 mod process;
@@ -55,7 +56,7 @@ const fn allow_reorder(duplicates: usize) -> Allowed {
 }
 
 fn rows() -> impl Iterator<Item = &'static Row> {
-    [process::ROWS, network::ROWS, database::ROWS, broker::ROWS].into_iter().flatten()
+    [process::ROWS, network::ROWS, database::ROWS, broker::ROWS, machine::ROWS].into_iter().flatten()
 }
 
 fn variable(name: &str, otherwise: u64) -> u64 {
