@@ -114,7 +114,7 @@ impl Round {
 
     /// A disk alarm: publishers are blocked as well, and it is said.
     pub(super) async fn disk_alarm(&mut self, long: Duration) {
-        self.site.rabbitmq.ctl(&["set_disk_free_limit", "10TB"]).unwrap();
+        self.site.rabbitmq.ctl(&["set_disk_free_limit", "10000GB"]).unwrap();
         let says = || async { self.relay().get("/readyz").1.contains("blocks publishers") };
         eventually("readiness names the alarm", says).await;
         self.lasts(long).await;

@@ -257,7 +257,7 @@ async fn few_descriptors(round: &mut Round) {
 /// In a mount namespace of its own; that nothing can be written is tried first.
 const READ_ONLY: &str = "while read -r _ at _; do mount -o remount,bind,ro \"$at\" 2>/dev/null; done </proc/self/mounts
     for at in / /tmp /dev /dev/shm /run \"$PWD\"; do
-        if : 2>/dev/null >\"$at/pgoutbox-can-write\"; then echo \"$at can be written to\" >&2; exit 99; fi
+        if (: >\"$at/pgoutbox-can-write\") 2>/dev/null; then echo \"$at can be written to\" >&2; exit 99; fi
     done
     exec \"$0\" \"$@\"";
 
