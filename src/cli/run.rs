@@ -60,7 +60,7 @@ impl Broker for Configured {
 
 pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Error> {
     if arguments.print_config {
-        return super::write_out(&config.printed()).map(drop);
+        return super::write_out(config.printed()).map(drop);
     }
     let metrics = Arc::new(Metrics::new());
     let stop = stop_on_signal()?;
