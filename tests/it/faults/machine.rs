@@ -3,6 +3,7 @@
 //! The trap: a fault that was not there. Whatever a machine does not let us do (a cgroup, a mount, a clock of one's own) is a
 //! complaint of the round, and each row sees the fault with its own eyes where it can.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -184,9 +185,14 @@ impl Throttle {
         let failed = |error: std::io::Error| format!("no cgroup {} to throttle in: {error}", path.display());
         std::fs::create_dir(&path).map_err(failed)?;
         let throttle = Self(path.clone());
-        std::fs::write(path.join("cpu.cfs_period_us"), "100000").map_err(failed)?;
-        std::fs::write(path.join("cpu.cfs_quota_us"), (1000 * percent).to_string()).map_err(failed)?;
-        std::fs::write(path.join("cgroup.procs"), pid.to_string()).map_err(failed)?;
+        // Never made: where no controller is mounted these would be files like any other.
+        let set = |file: &str, text: String| {
+            let opened = std::fs::OpenOptions::new().write(true).open(path.join(file));
+            opened.and_then(|mut file| file.write_all(text.as_bytes())).map_err(failed)
+        };
+        set("cpu.cfs_period_us", "100000".to_owned())?;
+        set("cpu.cfs_quota_us", (1000 * percent).to_string())?;
+        set("cgroup.procs", pid.to_string())?;
         Ok(throttle)
     }
 
