@@ -28,6 +28,7 @@ bench: ## against the limits of the two servers: PART=rate,latency for some, BEN
 	cargo bench --bench servers --bench micro -- $(PART)
 
 faults: ## every fault of the table on real servers: ROUNDS (20) each, WORKERS (2) side by side
+	@[ -e "$$(echo /usr/lib/*/faketime/libfaketime.so.1)" ] || scripts/install-servers faketime
 	@scripts/install-servers
 	PGOUTBOX_ROUNDS=$(or $(ROUNDS),20) PGOUTBOX_WORKERS=$(or $(WORKERS),2) \
 		cargo test --test it the_whole_fault_table -- --ignored --nocapture

@@ -30,7 +30,11 @@ impl ExitCode {
         (Self::Stopped, "stopped cleanly"),
         (Self::Usage, "usage or configuration"),
         (Self::Row, "a row that cannot be delivered as it is"),
-        (Self::Unavailable, "a peer stayed unreachable longer than `--give-up-after` (default: never)"),
+        (
+            Self::Unavailable,
+            "a peer stayed unreachable longer than `--give-up-after` (default: never), or nobody reads what is printed any \
+             more",
+        ),
         (Self::Bug, "a bug in pgoutbox"),
         (
             Self::World,

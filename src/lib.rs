@@ -12,8 +12,9 @@
 //! ```
 //!
 //! Reading order is running order: [`pg`], [`outbox`], [`relay`], [`sink`]. Around them: [`lsn`], [`retry`] and [`finding`],
-//! a position, a second try and what mends; `tls`, certificates for both doors; [`config`] and [`error`], which gather;
-//! [`metrics`] and [`http`], which tell; [`cli`], the verbs; [`servers`], throw-away peers for the demo and the tests.
+//! a position, a second try and what mends; `lookup` and `tls`, names and certificates for both doors; [`config`] and
+//! [`error`], which gather; [`metrics`] and [`http`], which tell; [`cli`], the verbs; [`servers`], throw-away peers for the
+//! demo and the tests.
 //!
 //! Four promises: nothing is lost, commit order, nothing is skipped in silence, everything has a limit. Two laws: a sink
 //! does not know that positions exist, and only the relay knows both ends. ARCHITECTURE.md says more.
@@ -24,6 +25,7 @@ pub mod config;
 pub mod error;
 pub mod finding;
 pub mod http;
+mod lookup;
 pub mod lsn;
 pub mod metrics;
 pub mod outbox;

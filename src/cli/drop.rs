@@ -2,8 +2,9 @@
 //!
 //! The trap: a script whose standard input is empty, or is something else, is nobody who could have read what would be lost.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 
+use super::{say, write_out};
 use crate::config::Config;
 use crate::error::Error;
 use crate::pg;
@@ -30,51 +31,48 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
         return Err(Error::Found(text));
     }
     if world.slot.is_none() && world.publication.is_none() {
-        println!("neither slot {} nor publication {} exists: nothing to drop", names.slot, names.publication);
-        return Ok(());
+        let (slot, publication) = (&names.slot, &names.publication);
+        return say(&format!("neither slot {slot} nor publication {publication} exists: nothing to drop"));
     }
-    tell(config, &control, &world).await;
+    tell(config, &control, &world).await?;
     if !arguments.yes && !std::io::stdin().is_terminal() {
         let text = "drop: nobody can be asked, since standard input is no terminal; nothing changed. Remedy: add --yes";
         return Err(Error::Usage(text.to_owned()));
     }
-    if !arguments.yes && !confirmed() {
-        println!("nothing changed");
-        return Ok(());
+    if !arguments.yes && !confirmed()? {
+        return say("nothing changed");
     }
     let client = control.client();
     if world.slot.is_some() {
         let sql = format!("select pg_catalog.pg_drop_replication_slot({})", literal(&names.slot));
         client.batch_execute(&sql).await.map_err(pg::Error::from)?;
-        println!("slot {} dropped", names.slot);
+        say(&format!("slot {} dropped", names.slot))?;
     }
     if world.publication.is_some() {
         let sql = format!("drop publication {}", identifier(&names.publication));
         client.batch_execute(&sql).await.map_err(pg::Error::from)?;
-        println!("publication {} dropped", names.publication);
+        say(&format!("publication {} dropped", names.publication))?;
     }
     Ok(())
 }
 
 /// What would be lost, and what would not.
-async fn tell(config: &Config, control: &Control, world: &World) {
+async fn tell(config: &Config, control: &Control, world: &World) -> Result<(), Error> {
     let names = &config.names;
     if let Some(slot) = &world.slot {
         let behind = slot.server.bytes_since(slot.confirmed);
-        println!(
+        say(&format!(
             "slot {} stands at {}: rows committed in the {behind} bytes of WAL since then will never be published; {}",
             names.slot,
             slot.confirmed,
             waiting(config, control, slot).await
-        );
-        println!(
-            "a slot that is made later begins where WAL is then: what is committed in between is not in its stream"
-        );
+        ))?;
+        say("a slot that is made later begins where WAL is then: what is committed in between is not in its stream")?;
     }
     if world.publication.is_some() {
-        println!("publication {} goes with all that it publishes", names.publication);
+        say(&format!("publication {} goes with all that it publishes", names.publication))?;
     }
-    println!("table {} stays as it is", names.qualified());
+    say(&format!("table {} stays as it is", names.qualified()))
 }
 
 /// How many rows wait there, as far as that can be told.
@@ -95,10 +93,9 @@ async fn waiting(config: &Config, control: &Control, slot: &Slot) -> String {
     }
 }
 
-fn confirmed() -> bool {
-    print!("drop them? [y/N] ");
-    let _ = std::io::stdout().flush();
+fn confirmed() -> Result<bool, Error> {
+    write_out("drop them? [y/N] ")?;
     let mut answer = String::new();
     // No answer is no.
-    std::io::stdin().lock().read_line(&mut answer).is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
+    Ok(std::io::stdin().lock().read_line(&mut answer).is_ok() && matches!(answer.trim(), "y" | "Y" | "yes"))
 }

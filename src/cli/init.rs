@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
+use super::{say, write_out};
 use crate::config::{Config, SinkSettings};
 use crate::error::Error;
 use crate::finding::{Finding, Remedy, word};
@@ -30,8 +31,7 @@ pub(super) struct Arguments {
 pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Error> {
     let sql = Sql::new(config);
     if arguments.print_sql {
-        print!("{}", sql.all());
-        return Ok(());
+        return write_out(&sql.all()).map(drop);
     }
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
@@ -42,8 +42,7 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     creation.create("slot", &names.slot, world.slot.is_some(), &sql.slot).await?;
     let findings = super::check::findings(config, &control).await?;
     if findings.is_empty() {
-        println!("ready: pgoutbox run");
-        return Ok(());
+        return say("ready: pgoutbox run");
     }
     let lines: Vec<String> = findings.iter().map(ToString::to_string).collect();
     Err(Error::Found(format!("not ready yet:\n  {}", lines.join("\n  "))))
@@ -59,8 +58,7 @@ struct Creation<'a> {
 impl Creation<'_> {
     async fn create(&self, kind: &str, name: &str, exists: bool, sql: &str) -> Result<(), Error> {
         if exists {
-            println!("{kind} {name} is there");
-            return Ok(());
+            return say(&format!("{kind} {name} is there"));
         }
         let creating = self.control.client().batch_execute(sql);
         let mut creating = std::pin::pin!(creating);
@@ -68,20 +66,21 @@ impl Creation<'_> {
             biased;
             result = &mut creating => result,
             () = sleep(Duration::from_secs(3)) => {
-                println!("{kind} {name}: waiting for transactions that were open before (see pg_stat_activity)");
+                let waits = "waiting for transactions that were open before (see pg_stat_activity)";
+                // What is being made is worth more than the word of it.
+                let _ = say(&format!("{kind} {name}: {waits}"));
                 creating.await
             }
         };
         match result.map_err(pg::Error::from) {
-            Ok(()) => println!("{kind} {name} created"),
+            Ok(()) => say(&format!("{kind} {name} created")),
             Err(pg::Error::Server(error)) => {
                 let problem = format!("{kind} {name} cannot be made: {}", error.plain());
                 let remedy = self.remedy(kind, &error).unwrap_or_default();
-                return Err(Error::Found(Finding::new(problem, remedy).to_string()));
+                Err(Error::Found(Finding::new(problem, remedy).to_string()))
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => Err(error.into()),
         }
-        Ok(())
     }
 
     /// What lets this role make it.

@@ -107,7 +107,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(runtime) => runtime,
         Err(source) => return report(&Error::System { doing: "cannot start threads".to_owned(), source }),
     };
-    match runtime.block_on(dispatch(&arguments)) {
+    let result = runtime.block_on(dispatch(&arguments));
+    // Not dropped, which would wait for its threads: one may be asking a name server that never answers, or writing to a
+    // standard output that nobody reads. What they would still bring is nobody's any more.
+    runtime.shutdown_background();
+    match result {
         Ok(()) => ExitCode::Stopped,
         Err(error) => report(&error),
     }
@@ -158,10 +162,21 @@ fn write_out(text: &str) -> Result<bool, Error> {
     }
 }
 
+/// A line of what was done. That nobody reads it any more keeps nothing from being done.
+fn say(line: &str) -> Result<(), Error> {
+    write_out(&format!("{line}\n")).map(drop)
+}
+
+/// To standard error. `eprintln!` panics where that is a full disk or a pipe without a reader, and what is said there is
+/// never worth that.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "pgoutbox: {line}");
+}
+
 fn report(error: &Error) -> ExitCode {
     let code = error.exit_code();
     if matches!(error, Error::Config(_) | Error::Usage(_) | Error::Found(_) | Error::Servers(_) | Error::Demo(_)) {
-        eprintln!("pgoutbox: {error}");
+        complain(&error.to_string());
     } else {
         // The code first: a remedy at the end of the line can be pasted.
         tracing::error!("exit {code}: {}", explain(error));
@@ -173,7 +188,10 @@ fn start_logs(common: &Common) {
     let level = std::env::var("RUST_LOG").unwrap_or_else(|_| common.log_level.to_string());
     // The consumers of `demo` meet a broker that restarts: lapin would log what is part of the show.
     let filter = EnvFilter::try_new(format!("{level},lapin=off")).unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Its way to say that a line could not be written is `eprintln!`.
+    let logs =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
+    let logs = logs.with_target(false);
     match common.log_format {
         LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => logs.json().flatten_event(true).init(),
@@ -185,7 +203,7 @@ fn exit_70_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
-        eprintln!("pgoutbox: this is a bug in pgoutbox; nothing is lost, the slot stands where it was");
+        complain("this is a bug in pgoutbox; nothing is lost, the slot stands where it was");
         std::process::exit(ExitCode::Bug as i32);
     }));
 }

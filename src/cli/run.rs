@@ -70,8 +70,7 @@ impl Broker for Configured {
 
 pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Error> {
     if arguments.print_config {
-        print!("{}", config.printed());
-        return Ok(());
+        return super::write_out(config.printed()).map(drop);
     }
     let metrics = Arc::new(Metrics::new());
     let stop = stop_on_signal()?;
@@ -84,6 +83,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
         names: config.names,
         mapping: config.mapping.clone(),
         metrics: metrics.clone(),
+        has_warned: false,
     };
     let ended = relay::run(database, broker, &config.mapping, &config.relay, &metrics, stop).await;
     ended.map_err(|error| Error::of_relay(error, &slot))?;

@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use super::write_out;
+use super::{complain, write_out};
 use crate::config::Config;
 use crate::error::Error;
 use crate::finding::{Finding, Remedy, explain};
@@ -61,14 +61,14 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
         let status = look(config).await;
         if std::io::stdout().is_terminal() && !arguments.json {
             // Home, and clear what was there.
-            print!("\x1b[H\x1b[2J");
+            write_out("\x1b[H\x1b[2J")?;
         }
         let is_read = match status {
             Ok(status) if arguments.json => write_out(&format!("{}\n", status.json()))?,
             Ok(status) => write_out(&format!("{}\n", status.text()))?,
             // It may come back: that is what one watches for.
             Err(error) => {
-                eprintln!("pgoutbox: {}", explain(&error));
+                complain(&explain(&error));
                 true
             }
         };

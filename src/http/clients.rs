@@ -11,6 +11,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::serve::Listener;
+use nix::sys::resource::{Resource, getrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -18,6 +19,9 @@ use tokio::time::Sleep;
 
 /// At once. Probes and scrapers are a handful.
 const CONNECTIONS_MAX: usize = 64;
+
+/// And never more than this part of the file descriptors that the process may have: the rest is for messages.
+const DESCRIPTORS_PART: u64 = 4;
 
 /// From the accept to the last byte of the answer.
 const LIFETIME: Duration = Duration::from_secs(5);
@@ -33,8 +37,13 @@ pub(super) struct Few {
 
 impl Few {
     pub(super) fn new(listener: TcpListener) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+        Self { listener, places: Arc::new(Semaphore::new(connections_max())) }
     }
+}
+
+fn connections_max() -> usize {
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    usize::try_from(descriptors / DESCRIPTORS_PART).unwrap_or(CONNECTIONS_MAX).clamp(1, CONNECTIONS_MAX)
 }
 
 impl Listener for Few {

@@ -6,8 +6,7 @@ use super::world::{Names, World, identifier, literal, version};
 use crate::finding::{Finding, Look, Remedy, word};
 
 /// What is asked about settings.
-pub const SETTINGS: [&str; 4] =
-    ["max_slot_wal_keep_size", "wal_sender_timeout", "idle_replication_slot_timeout", "synchronized_standby_slots"];
+pub const SETTINGS: [&str; 3] = ["max_slot_wal_keep_size", "wal_sender_timeout", "synchronized_standby_slots"];
 
 /// A relay gives itself half of it to be heard.
 const SENDER_TIMEOUT_MILLISECONDS: std::ops::RangeInclusive<i64> = 5_000..=300_000;
@@ -45,7 +44,7 @@ impl Circumstances {
         let mut looks = vec![self.minor(world)];
         looks.extend(self.kept_wal(names, world));
         looks.extend(self.sender_timeout(world));
-        looks.extend(self.idle_timeout());
+        looks.extend(idle_timeout(world));
         looks.extend(self.standby(names, world));
         looks.extend(self.publication(names, world));
         looks.extend(self.prepared());
@@ -97,17 +96,6 @@ impl Circumstances {
         };
         let remedy = Remedy::sql(format!("ALTER ROLE {} SET wal_sender_timeout = '60s'", identifier(&world.role)));
         Some(Look::note(what, problem, remedy))
-    }
-
-    fn idle_timeout(&self) -> Option<Look> {
-        let setting = self.setting("idle_replication_slot_timeout")?;
-        let what = format!("idle_replication_slot_timeout = {}", setting.shown);
-        if setting.raw == "0" {
-            return Some(Look::sound(what));
-        }
-        let problem = "the slot is lost when the relay is away for so long; while its broker is away, it is too";
-        let remedy = Remedy::sql("ALTER SYSTEM SET idle_replication_slot_timeout = 0");
-        Some(Look::note(what, problem, remedy.then_sql("SELECT pg_reload_conf()")))
     }
 
     fn standby(&self, names: &Names, world: &World) -> Option<Look> {
@@ -182,6 +170,18 @@ impl Circumstances {
         let problem = format!("one is {seconds:.0} s old: it holds WAL back until it is committed or rolled back");
         Some(Look::note("prepared transactions", problem, remedy))
     }
+}
+
+/// What an idle slot of this server has to fear.
+pub fn idle_timeout(world: &World) -> Option<Look> {
+    let shown = world.idle_timeout.as_ref()?;
+    let what = format!("idle_replication_slot_timeout = {shown}");
+    if shown == "0" {
+        return Some(Look::sound(what));
+    }
+    let problem = "the slot is lost when the relay is away for so long; while its broker is away, it is too";
+    let remedy = Remedy::sql("ALTER SYSTEM SET idle_replication_slot_timeout = 0");
+    Some(Look::note(what, problem, remedy.then_sql("SELECT pg_reload_conf()")))
 }
 
 /// What to do about rows that are out of the stream's reach because their publication was not there.

@@ -124,7 +124,8 @@ impl Control {
                  or exists (select from pg_catalog.pg_roles where rolname = 'rds_replication' \
                  and pg_catalog.pg_has_role(current_user, oid, 'usage')), \
                  current_setting('max_replication_slots')::int, \
-                 (select count(*)::int from pg_catalog.pg_replication_slots)",
+                 (select count(*)::int from pg_catalog.pg_replication_slots), \
+                 current_setting('idle_replication_slot_timeout', true)",
                 &[],
             )
             .await?;
@@ -138,6 +139,7 @@ impl Control {
             may_replicate: server.try_get(5)?,
             slots_max: count(&server, 6)?,
             slots_used: count(&server, 7)?,
+            idle_timeout: server.try_get(8)?,
             slot: self.slot(&names.slot).await?,
             // Before the publication: a partition that is made between the two is in it, and not a hole.
             table: self.table(&names.schema, &names.table).await?,

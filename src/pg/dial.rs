@@ -12,11 +12,14 @@ use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
 
 use super::conninfo::Values;
 use super::settings::Host;
+use crate::lookup::Lookups;
+
+static LOOKUPS: Lookups = Lookups::new();
 
 /// What libpq lets an operator say about TCP.
 #[derive(Clone, Debug)]
@@ -81,8 +84,8 @@ pub(super) async fn places(host: &Host) -> io::Result<Vec<Place>> {
     if let Some(address) = host.address {
         return Ok(vec![place(Address::Tcp(SocketAddr::new(address, host.port)))]);
     }
-    let addresses = lookup_host((host.name.as_str(), host.port)).await?;
-    Ok(addresses.map(|address| place(Address::Tcp(address))).collect())
+    let addresses = LOOKUPS.of(&host.name, host.port).await?;
+    Ok(addresses.into_iter().map(|address| place(Address::Tcp(address))).collect())
 }
 
 /// The transport: one of those that Postgres listens on.

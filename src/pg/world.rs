@@ -70,6 +70,8 @@ pub struct World {
     pub slots_max: u32,
     /// How many of them there are.
     pub slots_used: u32,
+    /// `idle_replication_slot_timeout` as `SHOW` prints it; PostgreSQL 18 and later.
+    pub idle_timeout: Option<String>,
     /// The slot, if there is one.
     pub slot: Option<Slot>,
     /// The publication, if there is one.
@@ -218,7 +220,8 @@ impl World {
                 .then_sql(format!("SELECT pg_drop_replication_slot({})", literal(name)))
                 .then_shell(INIT)
                 .mind(slot.lost_by());
-            let problem = format!("replication slot {name} is lost: the server has removed what was still needed");
+            let why = slot.invalidation_reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+            let problem = format!("replication slot {name} is lost{why}: the server has removed what was still needed");
             findings.push(Finding::new(problem, remedy));
         }
         if slot.two_phase {
@@ -411,6 +414,7 @@ mod tests {
             may_replicate: true,
             slots_max: 10,
             slots_used: 1,
+            idle_timeout: None,
             slot: Some(Slot {
                 plugin: Some("pgoutput".to_owned()),
                 database: Some("shop".to_owned()),
@@ -458,13 +462,18 @@ mod tests {
 
     #[test]
     fn every_broken_thing_is_named_with_its_remedy() {
-        let breaks: [(&str, Break); 15] = [
+        let breaks: [(&str, Break); 16] = [
             ("wal_level is replica", |world| world.wal_level = "replica".to_owned()),
             ("may not replicate", |world| world.may_replicate = false),
             ("slot pgoutbox does not exist", |world| world.slot = None),
             ("is physical", |world| world.slot.as_mut().unwrap().plugin = None),
             ("plugin test_decoding", |w| w.slot.as_mut().unwrap().plugin = Some("test_decoding".to_owned())),
             ("belongs to database other", |w| w.slot.as_mut().unwrap().database = Some("other".to_owned())),
+            ("is lost (idle_timeout)", |world| {
+                let slot = world.slot.as_mut().unwrap();
+                slot.wal_status = Some("lost".to_owned());
+                slot.invalidation_reason = Some("idle_timeout".to_owned());
+            }),
             ("is lost", |world| world.slot.as_mut().unwrap().wal_status = Some("lost".to_owned())),
             ("at PREPARE", |world| world.slot.as_mut().unwrap().two_phase = true),
             ("publication pgoutbox does not exist", |world| world.publication = None),

@@ -10,10 +10,11 @@ use std::time::Duration;
 use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{Beyond, Database, Error, Opened, Progress, Source, Watch};
-use crate::finding::{Finding, Remedy};
+use crate::finding::{Finding, Look, Remedy, Verdict};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
 use crate::outbox::{self, Mapping, Tables};
+use crate::pg::advice::idle_timeout;
 use crate::pg::catalog::Control;
 use crate::pg::pgoutput::Column;
 use crate::pg::replication::{Event, Replication, Status, Stream};
@@ -51,6 +52,8 @@ pub struct Postgres {
     pub mapping: Mapping,
     /// Lag and the slot's state.
     pub metrics: Arc<Metrics>,
+    /// Whether was said already what will hurt one day.
+    pub has_warned: bool,
 }
 
 /// A running stream.
@@ -110,11 +113,21 @@ impl Postgres {
         tables(&self.names, world)
     }
 
+    /// Says once, ahead, what would take the slot away while nothing is wrong but the broker.
+    fn warn(&mut self, world: &World) {
+        if std::mem::replace(&mut self.has_warned, true) {
+            return;
+        }
+        if let Some(Look { what, verdict: Verdict::Note(finding) }) = idle_timeout(world) {
+            tracing::warn!("{what}: {finding}");
+        }
+    }
+
     /// Asks again and again, and hears when the server goes.
     fn watch(&self, mut control: Control, expected: Tables) -> Watch {
         let (names, metrics, mapping) = (self.names.clone(), self.metrics.clone(), self.mapping.clone());
         let settings = self.settings.clone();
-        let database = Postgres { settings, names, mapping, metrics };
+        let database = Postgres { settings, names, mapping, metrics, has_warned: true };
         Box::pin(async move {
             let mut ticks = interval(WATCH_INTERVAL);
             loop {
@@ -187,6 +200,7 @@ impl Database for Postgres {
     async fn open(&mut self, progress: &mut Progress) -> Result<Opened<PostgresSource>, Error> {
         let control = Control::open(&self.settings).await?;
         let world = self.inspect(&control).await?;
+        self.warn(&world);
         let slot = world.slot.as_ref().map(|slot| slot.confirmed).unwrap_or_default();
         let mut replication = Replication::open(&control, &self.settings).await?;
         let (identity, server) = replication.identify().await?;

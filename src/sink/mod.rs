@@ -146,6 +146,9 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// There is nobody who takes messages, and nobody can come.
+    #[error("{0}")]
+    Gone(String),
     /// The broker is set up in a way that excludes us.
     #[error("{0}")]
     Setup(Finding),
@@ -197,7 +200,7 @@ impl Error {
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
-            Error::Undeliverable { .. } | Error::Setup(_) => Retry::Never,
+            Error::Undeliverable { .. } | Error::Gone(_) | Error::Setup(_) => Retry::Never,
             _ => Retry::Later,
         }
     }

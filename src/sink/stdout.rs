@@ -1,25 +1,34 @@
-//! Standard output: one JSON line a message, settled when it is flushed.
+//! Standard output: one JSON line a message, settled when the operating system has it.
 //!
-//! The trap: a reader that went away is an error here, never a reason to go on as if someone had read.
+//! The traps. A reader that went away is an error here, never a reason to go on as if someone had read. And a disk that is
+//! full in the middle of a line is an error as well, after which nobody knows how much the standard library has written:
+//! what comes next would stand on the same line, and be lost to who reads lines. So it is written without a buffer, and
+//! counted.
 
 mod line;
 
-use tokio::io::{AsyncWriteExt, Stdout as Handle, stdout};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::unistd::write;
+use tokio::task::spawn_blocking;
 
 pub use self::line::line;
 use super::{Error, Receipt, Sink};
 use crate::outbox::Message;
 
+/// Whether what was written ends in the middle of a line: as long as the process lives, whatever session wrote it.
+static IS_TORN: AtomicBool = AtomicBool::new(false);
+
 /// Standard output.
 #[derive(Debug)]
-pub struct Stdout {
-    handle: Handle,
-}
+pub struct Stdout;
 
 impl Stdout {
     /// Opens it.
     pub fn open() -> Self {
-        Self { handle: stdout() }
+        Self
     }
 }
 
@@ -29,15 +38,47 @@ impl Sink for Stdout {
         for message in &run {
             line(message, &mut lines);
         }
-        let written = async {
-            self.handle.write_all(&lines).await?;
-            self.handle.flush().await
-        };
-        written.await.map_err(|error| Error::Broken(format!("standard output: {error}")))?;
+        // A reader may pause for as long as it likes.
+        let written =
+            spawn_blocking(move || write_lines(&lines)).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        written.map_err(|error| failure(&error))?;
         Ok(Receipt::new(std::future::ready(Ok(()))))
     }
 
     async fn check(&mut self) -> Result<(), Error> {
         Ok(())
+    }
+}
+
+/// Writes all of it, on a line of its own.
+fn write_lines(lines: &[u8]) -> io::Result<()> {
+    // One at a time: what a session that is gone still has to write comes first.
+    let stdout = io::stdout().lock();
+    let end: &[u8] = if IS_TORN.load(Ordering::Relaxed) { b"\n" } else { b"" };
+    for mut rest in [end, lines] {
+        while !rest.is_empty() {
+            match write(&stdout, rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    let (written, left) = rest.split_at_checked(count).unwrap_or((rest, b""));
+                    IS_TORN.store(written.last() != Some(&b'\n'), Ordering::Relaxed);
+                    rest = left;
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A disk may have room again; a reader that went away comes back with another pipe, for another process.
+fn failure(error: &io::Error) -> Error {
+    let problem = format!("standard output: {error}");
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Error::Gone(format!(
+            "{problem}, nobody reads it any more. Remedy: start both again, the reader and pgoutbox"
+        )),
+        _ => Error::Broken(problem),
     }
 }

@@ -16,6 +16,7 @@ mod links;
 mod memory;
 mod newcomer;
 mod outages;
+mod output;
 mod package;
 mod privileges;
 mod probes;

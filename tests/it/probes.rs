@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::support::consumer::Consumer;
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, Way};
 use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
 
 /// Of each kind; below the usual limit of 1024 file descriptors all together.
@@ -125,4 +125,36 @@ async fn clients_whose_header_never_ends_are_shed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_never_read_are_shed() {
     survives(deaf).await;
+}
+
+/// Says nothing, and comes again when it was shed.
+async fn linger(port: u16) {
+    loop {
+        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)).await {
+            let _ = mute(stream).await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_never_go_leave_a_relay_the_few_file_descriptors_that_it_needs() {
+    const DESCRIPTORS: usize = 40;
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let under = ["prlimit", &format!("--nofile={DESCRIPTORS}:{DESCRIPTORS}"), "--"].map(str::to_owned).into();
+    let relay = Relay::start_by(Way { under, ..Way::default() }, &outbox, &[]);
+    relay.ready().await;
+    let opened = descriptors(&relay);
+    let mut clients = JoinSet::new();
+    (0..2 * DESCRIPTORS).for_each(|_| _ = clients.spawn(linger(relay.port())));
+    eventually("they have what they can have", || async { descriptors(&relay) >= opened + DESCRIPTORS / 4 }).await;
+    // A new session needs new ones.
+    let sql = "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ";
+    outbox.sql(&format!("{sql}'{}'", outbox.name)).await;
+    outbox.insert("placed").await;
+    consumer.wait_distinct(1).await;
+    drop(clients);
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
 }

@@ -28,6 +28,7 @@ fn relay(config: &Config) -> Postgres {
         names: config.names.clone(),
         mapping: config.mapping.clone(),
         metrics: Arc::new(Metrics::new()),
+        has_warned: true,
     }
 }
 

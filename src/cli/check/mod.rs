@@ -7,6 +7,7 @@ mod broker;
 mod database;
 mod deep;
 
+use super::write_out;
 use crate::config::Config;
 use crate::error::Error;
 use crate::finding::{Finding, Look, Step, Verdict};
@@ -32,11 +33,11 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let (mut looks, samples) = database::look(config, arguments.deep).await;
     let deep = arguments.deep.then(|| Deep { samples, management_url: arguments.management_url.clone() });
     looks.extend(broker::look(config, deep.as_ref()).await);
-    if arguments.json {
-        println!("{:#}", looks.iter().map(entry).collect::<serde_json::Value>());
+    write_out(&if arguments.json {
+        format!("{:#}\n", looks.iter().map(entry).collect::<serde_json::Value>())
     } else {
-        looks.iter().for_each(|look| print!("{}", lines(look)));
-    }
+        looks.iter().map(lines).collect()
+    })?;
     match looks.iter().filter(|look| look.is_wrong()).count() {
         0 => Ok(()),
         count => Err(Error::Found(format!("{count} found; `pgoutbox run` would not work"))),

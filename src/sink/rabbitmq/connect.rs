@@ -8,7 +8,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::net::{TcpStream, lookup_host};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::address::{Address, Mechanism};
@@ -16,8 +16,11 @@ use super::frames::{Fault, Word};
 use super::link::{Link, Stream};
 use super::refusal::Account;
 use super::{Settings, tls, wire};
+use crate::lookup::Lookups;
 use crate::metrics::Metrics;
 use crate::sink::Error;
+
+static LOOKUPS: Lookups = Lookups::new();
 
 /// Connecting, declaring, opening a channel: each answers in milliseconds or not at all.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -97,7 +100,7 @@ fn late(after: Duration) -> String {
 /// A socket to the first address of the host that takes it.
 async fn reach(address: &Address) -> Result<TcpStream, String> {
     let patience = address.connection_timeout.unwrap_or(ANSWER_TIMEOUT);
-    let looking = timeout(patience, lookup_host((address.host.as_str(), address.port))).await;
+    let looking = timeout(patience, LOOKUPS.of(&address.host, address.port)).await;
     let places = looking.map_err(|_| "no address was found for its name in time".to_owned())?;
     let mut reached = Err("the host has no address".to_owned());
     for place in places.map_err(|error| error.to_string())? {

@@ -114,6 +114,15 @@ impl Round {
         self.site.rabbitmq.ctl(&["set_vm_memory_high_watermark", "absolute", "1GB"]).unwrap();
     }
 
+    /// A disk alarm: publishers are blocked as well, and it is said.
+    pub(super) async fn disk_alarm(&mut self, long: Duration) {
+        self.site.rabbitmq.ctl(&["set_disk_free_limit", "10000GB"]).unwrap();
+        let says = || async { self.relay().get("/readyz").1.contains("blocks publishers") };
+        eventually("readiness names the alarm", says).await;
+        self.lasts(long).await;
+        self.site.rabbitmq.ctl(&["set_disk_free_limit", "50MB"]).unwrap();
+    }
+
     pub(super) async fn close_all_connections(&mut self) {
         self.moment().await;
         self.site.rabbitmq.ctl(&["close_all_connections", "maintenance"]).unwrap();

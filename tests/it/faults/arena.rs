@@ -14,7 +14,7 @@ use super::judge::Outcome;
 use crate::support::consumer::{Consumer, channel};
 use crate::support::links::{Ledger, Link};
 use crate::support::load::{ENDLESS, Mix, Oracle, Writers};
-use crate::support::relay::Relay;
+use crate::support::relay::{Relay, Way};
 use crate::support::{Outbox, connect, eventually};
 
 /// The relay's passwords: no output may hold them.
@@ -79,6 +79,12 @@ pub(super) struct Round {
     pub(super) random: fastrand::Rng,
     /// Settings of relays to come, as `section.key`.
     pub(super) settings: Vec<(String, String)>,
+    /// What relays to come are run by.
+    pub(super) way: Vec<String>,
+    /// Postgres and the broker, as relays to come call them.
+    pub(super) hosts: [&'static str; 2],
+    /// How long relays to come may take to connect, when it is not the default.
+    pub(super) connect_within: Option<Duration>,
     writers: Option<Writers>,
     oracle: Oracle,
     healed: Option<Healed>,
@@ -119,6 +125,9 @@ impl Round {
             consumers,
             random,
             settings: vec![("rabbitmq.confirm_timeout".to_owned(), "5s".to_owned())],
+            way: Vec::new(),
+            hosts: ["127.0.0.1"; 2],
+            connect_within: None,
             writers: None,
             oracle,
             healed: None,
@@ -152,14 +161,21 @@ impl Round {
     /// One more relay of the same slot, through the same links, under the memory limit.
     pub(super) fn new_relay(&self) -> Relay {
         let (postgres, database) = (self.to_postgres.port(), &self.outbox.name);
+        let [to_postgres, to_rabbitmq] = self.hosts;
+        let within = |text: &dyn Fn(Duration) -> String| self.connect_within.map(text).unwrap_or_default();
+        let (to_postgres_within, to_rabbitmq_within) = (
+            within(&|long| format!("?connect_timeout={}", long.as_secs())),
+            within(&|long| format!("&connection_timeout={}", long.as_millis())),
+        );
         let mut ports: Vec<u16> = self.to_nodes().map(Link::port).collect();
         ports.rotate_left(self.first);
-        let hosts: Vec<String> =
-            ports.iter().map(|port| format!("amqp://relay:{SECRET}@127.0.0.1:{port}/%2f?heartbeat=4")).collect();
+        let to_rabbitmq =
+            |port: &u16| format!("amqp://relay:{SECRET}@{to_rabbitmq}:{port}/%2f?heartbeat=4{to_rabbitmq_within}");
         let settings: Vec<_> = self.settings.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-        let relay = Relay::start_at(
-            &format!("postgres://relay:{SECRET}@127.0.0.1:{postgres}/{database}"),
-            &hosts.join(","),
+        let relay = Relay::start_at_by(
+            Way { under: self.way.clone(), ..Way::default() },
+            &format!("postgres://relay:{SECRET}@{to_postgres}:{postgres}/{database}{to_postgres_within}"),
+            &ports.iter().map(to_rabbitmq).collect::<Vec<_>>().join(","),
             &self.outbox.name,
             &settings,
         );

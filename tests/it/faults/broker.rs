@@ -53,6 +53,12 @@ pub(super) const ROWS: &[Row] = &[
         run: |round| Box::pin(async move { round.alarm(TIMEOUTS + Duration::from_secs(2)).await }),
     },
     Row {
+        number: "49c",
+        fault: "disk alarm for longer than confirm timeout and heartbeats",
+        allowed: allow(0),
+        run: |round| Box::pin(async move { round.disk_alarm(TIMEOUTS + Duration::from_secs(2)).await }),
+    },
+    Row {
         number: "50a",
         fault: "broker frozen (SIGSTOP) for 2 s",
         allowed: allow(0),

@@ -19,6 +19,7 @@ mod broker;
 mod cluster;
 mod database;
 mod judge;
+mod machine;
 mod nemesis;
 mod network;
 mod process;
@@ -63,7 +64,7 @@ const fn allow_reorder(duplicates: usize) -> Allowed {
 }
 
 fn rows() -> impl Iterator<Item = &'static Row> {
-    [process::ROWS, network::ROWS, database::ROWS, broker::ROWS, cluster::ROWS].into_iter().flatten()
+    [process::ROWS, network::ROWS, database::ROWS, broker::ROWS, cluster::ROWS, machine::ROWS].into_iter().flatten()
 }
 
 fn variable(name: &str, otherwise: u64) -> u64 {

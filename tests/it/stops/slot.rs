@@ -8,7 +8,7 @@ use pgoutbox::servers::Postgres;
 use super::{Road, WORLD, ended, statement, stops, verb};
 use crate::support::consumer::Consumer;
 use crate::support::relay::Relay;
-use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+use crate::support::{Outbox, eventually, postgres_18, shared_postgres, shared_rabbitmq};
 
 async fn outbox() -> Outbox {
     Outbox::create(shared_postgres(), shared_rabbitmq()).await
@@ -151,5 +151,41 @@ async fn a_lost_slot_is_named_before_the_start_and_after_waiting_for_the_broker(
     assert!(verb(&outbox, &["init"]).status.success());
     let relay = Relay::start(&outbox);
     relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_was_idle_for_too_long_is_warned_of_ahead_and_named_when_it_is_lost() {
+    let postgres = Postgres::start_from(&postgres_18(), &[("idle_replication_slot_timeout", "1s")]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let _consumer = Consumer::start(&outbox).await;
+    let (relay, road) = relay_without_broker(&mut outbox).await;
+    let before = outbox.confirmed().await;
+    outbox.insert("missed").await;
+    // While its broker is away, a relay holds no stream: to the server it is as if there were none.
+    let status = format!("select wal_status from pg_replication_slots where slot_name = '{}'", outbox.name);
+    eventually("the slot is lost", || async {
+        outbox.sql("checkpoint").await;
+        outbox.text(&status).await.as_deref() == Some("lost")
+    })
+    .await;
+    road.open();
+    let lost = format!("replication slot {} is lost (idle_timeout)", outbox.name);
+    let says = [lost.as_str(), "reconcile", "raise idle_replication_slot_timeout, or set it to 0"];
+    let log = ended(relay, WORLD, &says);
+    let warning = "WARN idle_replication_slot_timeout = 1s: the slot is lost when the relay is away for so long; while its \
+                   broker is away, it is too. Remedy: ALTER SYSTEM SET idle_replication_slot_timeout = 0;";
+    assert_eq!(log.matches(warning).count(), 1, "once, and ahead:\n{log}");
+    assert!(log.find(warning) < log.find("streaming"), "{log}");
+    stops(&outbox, WORLD, &says).await;
+    assert_eq!(outbox.confirmed().await, before, "the slot was moved past a row that nobody has");
+    // The remedies: the warning's, then the stop's.
+    outbox.sql("alter system set idle_replication_slot_timeout = 0").await;
+    outbox.sql("select pg_reload_conf()").await;
+    outbox.sql(&statement(&log, ", then ")).await;
+    assert!(verb(&outbox, &["init"]).status.success());
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    assert!(!relay.log().contains("idle_replication_slot_timeout"), "{}", relay.log());
     assert_eq!(relay.stop(), 0);
 }

@@ -8,7 +8,9 @@ pub(crate) mod consumer;
 pub(crate) mod failover;
 pub(crate) mod links;
 pub(crate) mod load;
+pub(crate) mod names;
 pub(crate) mod relay;
+pub(crate) mod volume;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};

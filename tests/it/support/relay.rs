@@ -17,6 +17,17 @@ pub(crate) struct Relay {
     port: u16,
 }
 
+/// How a relay is started, where that is not the plain way.
+#[derive(Default)]
+pub(crate) struct Way {
+    /// Words before the program: it is run by them, and as the same process.
+    pub(crate) under: Vec<String>,
+    /// Instead of a file that [`Relay::log`] reads.
+    pub(crate) stderr: Option<Stdio>,
+    /// Instead of nowhere.
+    pub(crate) stdout: Option<Stdio>,
+}
+
 /// The program under test, with nothing inherited that could steer it.
 pub(crate) fn pgoutbox() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pgoutbox"));
@@ -26,6 +37,20 @@ pub(crate) fn pgoutbox() -> Command {
         }
     }
     command
+}
+
+/// The command as it is run by these words.
+fn under(words: &[String], command: Command) -> Command {
+    let Some((program, arguments)) = words.split_first() else { return command };
+    let mut whole = Command::new(program);
+    whole.args(arguments).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => whole.env(name, value),
+            None => whole.env_remove(name),
+        };
+    }
+    whole
 }
 
 /// The environment of a relay; `name` is that of slot and exchange.
@@ -50,8 +75,18 @@ impl Relay {
         Self::start_at(&outbox.url, &outbox.amqp, &outbox.name, settings)
     }
 
+    /// In another way than the plain one.
+    pub(crate) fn start_by(way: Way, outbox: &Outbox, settings: &[(&str, &str)]) -> Self {
+        Self::start_at_by(way, &outbox.url, &outbox.amqp, &outbox.name, settings)
+    }
+
     /// With servers of that URL, for instance behind a link; `name` is that of slot and exchange.
     pub(crate) fn start_at(url: &str, amqp: &str, name: &str, settings: &[(&str, &str)]) -> Self {
+        Self::start_at_by(Way::default(), url, amqp, name, settings)
+    }
+
+    /// The same in another way.
+    pub(crate) fn start_at_by(way: Way, url: &str, amqp: &str, name: &str, settings: &[(&str, &str)]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut command = pgoutbox();
@@ -62,7 +97,9 @@ impl Relay {
         for (key, value) in settings {
             command.arg("--set").arg(format!("{key}={value}"));
         }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.reopen().unwrap());
+        let mut command = under(&way.under, command);
+        command.stdin(Stdio::null()).stdout(way.stdout.unwrap_or_else(Stdio::null));
+        command.stderr(way.stderr.unwrap_or_else(|| log.reopen().unwrap().into()));
         Self { child: command.spawn().unwrap(), log, port }
     }
 

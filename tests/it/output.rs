@@ -1,0 +1,187 @@
+//! Where a relay writes: a log that cannot be written, a standard output that is full, closed or never read.
+//!
+//! The traps. `eprintln!` panics when its line cannot be written, and libraries use it to say that a line could not be written.
+//! And a line that a full disk cut short must not swallow the one that comes when there is room again.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::{PipeWriter, Read};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::consumer::Consumer;
+use crate::support::relay::{Relay, Way, environment, pgoutbox};
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+
+/// `EX_UNAVAILABLE`.
+const UNAVAILABLE: i32 = 69;
+
+/// Every write to it fails: no space left on device.
+fn full() -> File {
+    OpenOptions::new().write(true).open("/dev/full").unwrap()
+}
+
+/// Every write to it fails: broken pipe.
+fn unread() -> PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+async fn outbox() -> Outbox {
+    Outbox::create(shared_postgres(), shared_rabbitmq()).await
+}
+
+/// A relay with something to say all the time delivers, comes back from a session that ended, and stops in order.
+async fn delivers_without_a_log(log: impl Into<Stdio>) {
+    let outbox = outbox().await;
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start_by(Way { stderr: Some(log.into()), ..Way::default() }, &outbox, &[]);
+    relay.ready().await;
+    outbox.insert("placed").await;
+    consumer.wait_distinct(1).await;
+    let sql = "select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ";
+    outbox.sql(&format!("{sql}'{}'", outbox.name)).await;
+    eventually("a session ends", || async { relay.metric("pgoutbox_sessions_total{end=\"postgres\"}") >= 1.0 }).await;
+    outbox.insert("paid").await;
+    consumer.wait_distinct(2).await;
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_on_a_full_disk_keeps_nothing_from_being_delivered() {
+    delivers_without_a_log(full()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_nobody_reads_any_more_keeps_nothing_from_being_delivered() {
+    delivers_without_a_log(unread()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_exit_code_is_the_same_where_its_reason_cannot_be_written() {
+    let outbox = outbox().await;
+    outbox.sql(&format!("select pg_drop_replication_slot('{}')", outbox.name)).await;
+    for log in [Stdio::from(full()), Stdio::from(unread())] {
+        let relay = Relay::start_by(Way { stderr: Some(log), ..Way::default() }, &outbox, &[]);
+        assert_eq!(relay.exit_code(), 78);
+    }
+    let mut usage = pgoutbox();
+    usage.args(["run", "--set", "no.key=1"]).stderr(full());
+    assert_eq!(usage.status().unwrap().code(), Some(64));
+}
+
+/// A verb for this outbox, and what it said on standard error.
+fn verb(outbox: &Outbox, arguments: &[&str], out: impl Into<Stdio>) -> (Option<i32>, String) {
+    let mut verb: Command = pgoutbox();
+    verb.args(arguments).envs(environment(&outbox.url, &outbox.amqp, &outbox.name));
+    let output = verb.stdout(out).stderr(Stdio::piped()).output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_verb_cannot_print_is_an_error_and_no_bug() {
+    let outbox = outbox().await;
+    let verbs: [&[&str]; 8] = [
+        &["run", "--print-config"],
+        &["init"],
+        &["init", "--print-sql"],
+        &["check"],
+        &["check", "--json"],
+        &["status"],
+        &["config", "example"],
+        &["drop", "--yes"],
+    ];
+    for arguments in verbs {
+        let (code, said) = verb(&outbox, arguments, full());
+        assert_eq!(code, Some(UNAVAILABLE), "{arguments:?} on a full disk: {said}");
+        assert!(said.contains("cannot print: No space left on device"), "{arguments:?}: {said}");
+        // As `pgoutbox check | head -1` would have it. What there was to do is done.
+        let (code, said) = verb(&outbox, arguments, unread());
+        assert_eq!((code, said.as_str()), (Some(0), ""), "{arguments:?} in a pipe that nobody reads");
+    }
+}
+
+fn to_stdout(out: impl Into<Stdio>) -> Way {
+    Way { stdout: Some(out.into()), ..Way::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_standard_output_is_waited_for_and_nothing_is_told() {
+    let outbox = outbox().await;
+    let before = outbox.current().await;
+    outbox.insert("placed").await;
+    let relay = Relay::start_by(to_stdout(full()), &outbox, &[("sink", "stdout")]);
+    let reason = || async { relay.get("/readyz").1.contains("standard output: No space left on device") };
+    eventually("readiness says why", reason).await;
+    let failed = || async { relay.metric("pgoutbox_sessions_total{end=\"broker\"}") >= 2.0 };
+    eventually("it is tried again", failed).await;
+    assert!(outbox.confirmed().await <= before, "the slot was moved past what nobody has");
+    assert_eq!(relay.stop(), 0);
+    let settings = [("sink", "stdout"), ("run.give_up_after", "1s")];
+    let (code, log) = Relay::start_by(to_stdout(full()), &outbox, &settings).ended();
+    assert_eq!(code, UNAVAILABLE, "{log}");
+    assert!(log.contains("exit 69: gave up") && log.contains("No space left on device"), "{log}");
+    assert!(outbox.confirmed().await <= before, "the slot was moved past what nobody has");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standard_output_that_nobody_reads_any_more_ends_the_relay_and_nothing_is_told() {
+    let outbox = outbox().await;
+    let before = outbox.current().await;
+    outbox.insert("placed").await;
+    let (code, log) = Relay::start_by(to_stdout(unread()), &outbox, &[("sink", "stdout")]).ended();
+    assert_eq!(code, UNAVAILABLE, "{log}");
+    assert!(log.contains("exit 69: standard output: ") && log.contains("nobody reads it any more. Remedy: "), "{log}");
+    assert!(outbox.confirmed().await <= before, "the slot was moved past what nobody has");
+}
+
+/// Of a line that is whole.
+fn id(line: &str) -> Option<String> {
+    Some(serde_json::from_str::<serde_json::Value>(line).ok()?["id"].to_string())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_a_full_disk_cut_short_comes_again_whole_and_alone() {
+    const ROWS: usize = 60;
+    let outbox = outbox().await;
+    for _ in 0..ROWS {
+        outbox.insert("placed").await;
+    }
+    let out = tempfile::NamedTempFile::new().unwrap();
+    // A limit on files stands for a disk; 10,001 bytes are no whole number of lines.
+    let under = ["prlimit", "--fsize=10001:unlimited", "--", "sh", "-c", "trap '' XFSZ; exec \"$0\" \"$@\""];
+    let way = Way { under: under.map(str::to_owned).into(), ..to_stdout(out.reopen().unwrap()) };
+    let relay = Relay::start_by(way, &outbox, &[("sink", "stdout")]);
+    eventually("the disk is full", || async { relay.get("/readyz").1.contains("standard output: File too large") })
+        .await;
+    let lines = || -> Vec<String> {
+        let text = std::fs::read_to_string(out.path()).unwrap();
+        text.lines().map(str::to_owned).collect()
+    };
+    assert_eq!(id(lines().last().unwrap()), None, "no line was cut short");
+    let mut room = Command::new("prlimit");
+    room.arg("--pid").arg(relay.pid().to_string()).arg("--fsize=unlimited");
+    assert!(room.status().unwrap().success());
+    outbox.wait_confirmed(outbox.current().await).await;
+    let (whole, torn): (Vec<_>, Vec<_>) = lines().into_iter().partition(|line| id(line).is_some());
+    let ids: HashSet<_> = whole.iter().filter_map(|line| id(line)).collect();
+    assert_eq!((ids.len(), torn.len()), (ROWS, 1), "{torn:?}");
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standard_output_that_is_never_read_does_not_hold_up_the_end() {
+    let outbox = outbox().await;
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let relay = Relay::start_by(to_stdout(writer), &outbox, &[("sink", "stdout"), ("run.drain_timeout", "1s")]);
+    relay.ready().await;
+    // More than a pipe holds.
+    let sql = "insert into outbox (aggregatetype, aggregateid, type, payload) \
+               select 'order', '1', 'large', to_jsonb(repeat('x', 100000)) from generate_series(1, 5)";
+    outbox.sql(sql).await;
+    reader.read_exact(&mut [0; 10]).unwrap();
+    let began = Instant::now();
+    assert_eq!(relay.stop(), 0);
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+}
