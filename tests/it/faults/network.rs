@@ -106,6 +106,8 @@ pub(super) const ROWS: &[Row] = &[
         run: |round| {
             Box::pin(async move {
                 round.pause_load().await;
+                // Megabytes of the load, on their way at that speed, are 16b.
+                round.outbox.wait_confirmed(round.outbox.current().await).await;
                 round
                     .outbox
                     .sql(
