@@ -107,14 +107,15 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(runtime) => runtime,
         Err(source) => return report(&Error::System { doing: "cannot start threads".to_owned(), source }),
     };
-    let result = runtime.block_on(dispatch(&arguments));
-    // Not dropped, which would wait for its threads: one may be asking a name server that never answers, or writing to a
-    // standard output that nobody reads. What they would still bring is nobody's any more.
-    runtime.shutdown_background();
-    match result {
+    let code = match runtime.block_on(dispatch(&arguments)) {
         Ok(()) => ExitCode::Stopped,
         Err(error) => report(&error),
-    }
+    };
+    // Not dropped, which would wait for its threads: one may be asking a name server that never answers, or writing to a
+    // standard output that nobody reads. What they would still bring is nobody's any more. Last: who finds the probes gone
+    // finds the reason in the log.
+    runtime.shutdown_background();
+    code
 }
 
 /// One thread for the relay: a message passes three stations, and to wake another thread at each costs more than they do.
