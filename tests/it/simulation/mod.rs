@@ -102,7 +102,7 @@ impl Campaign {
             if seed >= self.end {
                 break;
             }
-            let simulated = simulate(&Plan::new(seed));
+            let simulated = undisturbed(&Plan::new(seed));
             fired.iter_mut().zip(simulated.world.fired()).for_each(|(all, these)| *all += these);
             if simulated.verdict.is_err() {
                 self.stop.store(true, Ordering::Relaxed);
@@ -122,6 +122,23 @@ impl Campaign {
             let per_second = done as f64 / began.elapsed().as_secs_f64();
             let _ = writeln!(std::io::stderr(), "simulation: {done} seeds, {per_second:.0} seeds/s");
         }
+    }
+}
+
+/// Simulates, and once more where the machine stood still meanwhile. The lease reads `CLOCK_BOOTTIME` as well, which no test
+/// pauses: it saw that, rightly, and ended a session that no fault of the plan excuses.
+fn undisturbed(plan: &Plan) -> Simulated {
+    /// A run takes milliseconds; the lease minds a gap of three seconds.
+    const LONG: Duration = Duration::from_secs(1);
+    let mut tries = 3;
+    loop {
+        let began = std::time::Instant::now();
+        let simulated = simulate(plan);
+        tries -= 1;
+        if simulated.verdict.is_ok() || began.elapsed() < LONG || tries == 0 {
+            return simulated;
+        }
+        println!("seed {} took {:?}: the machine stood still, once more", plan.seed, began.elapsed());
     }
 }
 
