@@ -32,8 +32,7 @@ impl ExitCode {
         (Self::Row, "a row that cannot be delivered as it is"),
         (
             Self::Unavailable,
-            "a peer stayed unreachable longer than `--give-up-after` (default: never), or nobody reads what is printed any \
-             more",
+            "a peer stayed unreachable longer than `--give-up-after` (default: never), or standard output cannot be written",
         ),
         (Self::Bug, "a bug in pgoutbox"),
         (
