@@ -87,6 +87,7 @@ pub(crate) fn publish(rows: &Rows) -> Cost {
         addresses: Address::parse_all(&format!("amqp://127.0.0.1:{}", *PORT), &Files::default()).unwrap(),
         exchange: "bench".to_owned(),
         declare: true,
+        queues: Vec::new(),
         message_bytes_max: 0,
     };
     let mut sink = runtime.block_on(RabbitMq::open(&settings, Arc::new(Metrics::new()))).unwrap();

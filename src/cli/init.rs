@@ -151,7 +151,9 @@ fn rabbitmq(sink: &SinkSettings) -> String {
     let user = address.map(Address::user).filter(|user| *user != "guest").unwrap_or("pgoutbox_relay");
     let vhost = address.map_or("/", Address::vhost);
     // A line of a comment stays one.
-    let permissions = |declare| set_permissions(vhost, user, &settings.exchange, declare).replace(['\n', '\r'], " ");
+    let permissions = |declare| {
+        set_permissions(vhost, user, &settings.exchange, &settings.queues, declare).replace(['\n', '\r'], " ")
+    };
     let text = include_str!("../../sql/rabbitmq.txt")
         .replace("{user}", &word(user).replace(['\n', '\r'], " "))
         .replace("{permissions}", &permissions(true))

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::relay::{self, Broker};
-use crate::sink::{self, AnySink, RabbitMq, Stdout};
+use crate::sink::{self, AnySink, Stdout, rabbitmq};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -40,30 +40,33 @@ impl Arguments {
 }
 
 /// Opens sessions with the configured broker.
-pub(super) struct Configured {
-    pub(super) sink: SinkSettings,
-    pub(super) metrics: Arc<Metrics>,
-    /// Of the broker's, that of the last session.
-    pub(super) host: usize,
+enum Configured {
+    RabbitMq(rabbitmq::Hosts),
+    Stdout,
+}
+
+impl Configured {
+    fn of(sink: SinkSettings, metrics: &Arc<Metrics>) -> Self {
+        match sink {
+            SinkSettings::RabbitMq(settings) => Configured::RabbitMq(rabbitmq::Hosts::new(settings, metrics.clone())),
+            SinkSettings::Stdout => Configured::Stdout,
+        }
+    }
 }
 
 impl Broker for Configured {
     type Sink = AnySink;
 
     async fn open(&mut self) -> Result<AnySink, sink::Error> {
-        Ok(match &self.sink {
-            SinkSettings::RabbitMq(settings) => {
-                let session = RabbitMq::open(settings, self.metrics.clone()).await?;
-                self.host = session.host();
-                AnySink::RabbitMq(Box::new(session))
-            }
-            SinkSettings::Stdout => AnySink::Stdout(Stdout::open()),
+        Ok(match self {
+            Configured::RabbitMq(hosts) => AnySink::RabbitMq(Box::new(hosts.open().await?)),
+            Configured::Stdout => AnySink::Stdout(Stdout::open()),
         })
     }
 
     fn pass_on(&mut self) {
-        if let SinkSettings::RabbitMq(settings) = &mut self.sink {
-            settings.put_last(self.host);
+        if let Configured::RabbitMq(hosts) = self {
+            hosts.put_last();
         }
     }
 }
@@ -76,7 +79,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
     let stop = stop_on_signal()?;
     serve(&config, &metrics, stop.clone()).await?;
     warn(&config.sink);
-    let broker = Configured { sink: config.sink, metrics: metrics.clone(), host: 0 };
+    let broker = Configured::of(config.sink, &metrics);
     let slot = config.names.slot.clone();
     let database = relay::postgres::Postgres {
         settings: config.postgres,

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 pub use self::example::example;
 use self::raw::Raw;
-use self::values::{bytes, duration, exchange, name, qualified, slot};
+use self::values::{bytes, duration, exchange, name, qualified, queues, slot};
 use crate::outbox::{ColumnNames, Mapping, Template};
 use crate::pg;
 use crate::pg::world::Names;
@@ -43,7 +43,7 @@ const fn secret(name: &'static str, help: &'static str) -> Key {
 }
 
 /// Every setting there is.
-pub const KEYS: [Key; 28] = [
+pub const KEYS: [Key; 29] = [
     secret("postgres.url", "libpq URL or key/value string; else DATABASE_URL, else libpq's defaults and PG* variables"),
     key("postgres.slot", "pgoutbox", "the logical replication slot"),
     key("postgres.publication", "pgoutbox", "the publication"),
@@ -67,6 +67,12 @@ pub const KEYS: [Key; 28] = [
     key("rabbitmq.tls_key", "", "file with its key"),
     key("rabbitmq.exchange", "outbox", "the exchange"),
     key("rabbitmq.declare", "true", "declare it as a durable topic exchange; `false`: only look that it exists"),
+    key(
+        "rabbitmq.queues",
+        "",
+        "queues that must be there before a session's first message, with commas between: each stream, and each queue on \
+         one node of a cluster, that is bound beside other queues",
+    ),
     key("rabbitmq.routing_key", "{aggregatetype}.{type}", "a template over the row's columns"),
     key("rabbitmq.window_messages", "1000", "messages published and not confirmed, at most"),
     key(
@@ -216,6 +222,7 @@ impl Raw<'_> {
         let declare = self.parsed("rabbitmq.declare", true, |text| {
             text.parse().map_err(|_| "`true` or `false` is needed".to_owned())
         });
+        let queues = self.parsed("rabbitmq.queues", Vec::new(), queues);
         // 0: only the broker's version tells.
         let message_bytes_max = self
             .parsed("rabbitmq.message_bytes_max", 0, |text| if text.is_empty() { Ok(0) } else { bytes(text, 1 << 29) });
@@ -227,7 +234,7 @@ impl Raw<'_> {
             );
         }
         let addresses = url.map(|url| self.addresses(&url)).unwrap_or_default();
-        SinkSettings::RabbitMq(rabbitmq::Settings { addresses, exchange, declare, message_bytes_max })
+        SinkSettings::RabbitMq(rabbitmq::Settings { addresses, exchange, declare, queues, message_bytes_max })
     }
 
     fn addresses(&mut self, urls: &str) -> Vec<rabbitmq::Address> {

@@ -29,6 +29,19 @@ pub(super) fn exchange(text: &str) -> Result<String, String> {
     }
 }
 
+/// Names with commas between; a name that holds one cannot be told.
+pub(super) fn queues(text: &str) -> Result<Vec<String>, String> {
+    if text.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let queue = |name: &str| match name.trim() {
+        "" => Err("there is a comma without a name beside it".to_owned()),
+        name if name.len() > 255 => Err("a queue's name has at most 255 bytes".to_owned()),
+        name => Ok(name.to_owned()),
+    };
+    text.split(',').map(queue).collect()
+}
+
 /// `schema.table`, as SQL reads it: folded to lower case unless quoted.
 pub(super) fn qualified(text: &str) -> Result<(String, String), String> {
     let wrong =
@@ -92,6 +105,15 @@ pub(super) fn distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn queues_are_names_with_commas_between() {
+        assert_eq!(queues(" "), Ok(Vec::new()));
+        assert_eq!(queues("orders, an audit"), Ok(vec!["orders".to_owned(), "an audit".to_owned()]));
+        for wrong in [",", "a,", "a,,b", &"x".repeat(256)] {
+            assert!(queues(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn tables_are_read_as_sql_reads_them() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use pgoutbox::servers::{Postgres, RabbitMq};
 
-use crate::support::consumer::Consumer;
+use crate::support::consumer::{Consumer, Kind, bind_kind};
 use crate::support::load::{Oracle, Writers, judge};
 use crate::support::relay::Relay;
 use crate::support::{Outbox, connect, eventually, shared_postgres, shared_rabbitmq};
@@ -57,6 +57,34 @@ async fn nothing_is_lost_or_reordered_whoever_is_killed_under_load() {
     println!("{} rows, {duplicates} duplicates after 30 crashes", ids.len());
     outbox.wait_confirmed(outbox.current().await).await;
     assert_eq!(relay.stop(), 0);
+}
+
+/// RabbitMQ lets publishers in before it has given its streams their leaders, and confirms what the other queues take.
+/// Many streams take longer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_must_be_there_misses_nothing_when_its_broker_starts() {
+    let mut rabbitmq = RabbitMq::start().unwrap();
+    let outbox = Outbox::create(shared_postgres(), &rabbitmq).await;
+    let [beside, stream] = [Consumer::start_kind(&outbox, Kind::Classic), Consumer::start_kind(&outbox, Kind::Stream)];
+    let (beside, stream) = (beside.await, stream.await);
+    for number in 0..20 {
+        bind_kind(&outbox, &format!("another_{number}"), "none", Kind::Stream).await;
+    }
+    // What was declared a moment before a kill may be lost to RabbitMQ.
+    rabbitmq.stop().unwrap();
+    rabbitmq.start_again().unwrap();
+    let mut count = 0;
+    for _ in 0..3 {
+        rabbitmq.kill().unwrap();
+        outbox.sql("insert into outbox (aggregatetype, aggregateid, type) select 'a', '1', 'b' from generate_series(1, 500)").await;
+        count += 500;
+        rabbitmq.start_again().unwrap();
+        // As early as can be.
+        let relay = Relay::start_with(&outbox, &[("rabbitmq.queues", &Kind::Stream.queue(&outbox))]);
+        beside.wait_distinct(count).await;
+        stream.wait_distinct(count).await;
+        assert_eq!(relay.stop(), 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

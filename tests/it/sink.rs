@@ -54,7 +54,13 @@ async fn open_at(url: &str, name: &str, message_bytes_max: u64) -> RabbitMq {
     let (bound, table) = (QueueBindOptions::default(), FieldTable::default());
     channel.queue_bind(exchange.into(), exchange.into(), "known".into(), bound, table).await.unwrap();
     connection.close(200, "done".into()).await.unwrap();
-    let settings = Settings { addresses: addresses(url), exchange: name.to_owned(), declare: true, message_bytes_max };
+    let settings = Settings {
+        addresses: addresses(url),
+        exchange: name.to_owned(),
+        declare: true,
+        queues: Vec::new(),
+        message_bytes_max,
+    };
     RabbitMq::open(&settings, Arc::new(Metrics::new())).await.unwrap()
 }
 
@@ -190,6 +196,7 @@ async fn many_runs_in_flight_through_a_slow_reader_settle_in_order() {
         addresses: addresses(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f")),
         exchange: name,
         declare: true,
+        queues: Vec::new(),
         message_bytes_max: 0,
     };
     let mut sink = RabbitMq::open(&settings, Arc::new(Metrics::new())).await.unwrap();
@@ -219,6 +226,7 @@ async fn a_session_that_is_dropped_in_the_middle_of_a_run_leaves_no_socket_behin
         addresses: addresses(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f")),
         exchange: unique("sink"),
         declare: true,
+        queues: Vec::new(),
         message_bytes_max: 0,
     };
     let mut sink = RabbitMq::open(&settings, Arc::new(Metrics::new())).await.unwrap();

@@ -49,7 +49,7 @@ pub(super) async fn answer<T>(during: &'static str, pending: impl Future<Output 
     timeout(ANSWER_TIMEOUT, pending).await.map_err(|_| Error::Timeout { during, after: ANSWER_TIMEOUT })
 }
 
-/// Opens a connection and its channel, and makes sure of the exchange.
+/// Opens a connection and its channel, and makes sure of the exchange and of the queues that must be there.
 pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
     let account = Account::of(address, settings);
     let mut opened = enter(address, &account, metrics).await?;
@@ -60,6 +60,11 @@ pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metri
     let declare = |out: &mut BytesMut| wire::exchange_declare(out, &settings.exchange, settings.declare);
     let declared = |word: &Word| matches!(word, Word::ExchangeDeclareOk);
     ask(link, metrics, "declaring the exchange", declare, declared).await?.map_err(failed)?;
+    for queue in &settings.queues {
+        let look = |out: &mut BytesMut| wire::queue_declare_passive(out, queue);
+        let is_there = |word: &Word| matches!(word, Word::QueueDeclareOk);
+        ask(link, metrics, "looking at a queue of rabbitmq.queues", look, is_there).await?.map_err(failed)?;
+    }
     let selected = |word: &Word| matches!(word, Word::ConfirmSelectOk);
     ask(link, metrics, "selecting confirms", wire::confirm_select, selected).await?.map_err(failed)?;
     Ok(opened)

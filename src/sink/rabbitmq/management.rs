@@ -125,9 +125,11 @@ impl Api {
         let mut queues: Vec<&String> = bindings.iter().filter_map(|binding| binding.queue.as_ref()).collect();
         queues.sort();
         queues.dedup();
+        let is_alone = queues.len() == 1;
         for name in queues.into_iter().take(QUEUES_MAX) {
             let queue = self.get(&format!("/queues/{vhost}/{}", escaped(name))).await?;
-            looks.push(keeping(name, &queue));
+            let is_awaited = is_alone || account.queues.contains(name);
+            looks.push(keeping(name, &queue, is_awaited));
         }
         Ok(looks)
     }
@@ -197,8 +199,8 @@ fn matches(pattern: &str, key: &str) -> bool {
     taken.last().copied().unwrap_or(false)
 }
 
-/// What a confirm of this queue is worth.
-fn keeping(name: &str, queue: &Json) -> Look {
+/// What a confirm of this queue is worth. One that is awaited is the only one, or is looked for before a session begins.
+fn keeping(name: &str, queue: &Json, is_awaited: bool) -> Look {
     let kind = match text(queue, "type") {
         "" => "unknown",
         kind => kind,
@@ -209,6 +211,10 @@ fn keeping(name: &str, queue: &Json) -> Look {
         problems.push("it does not survive a restart of the broker");
     } else if kind == "classic" {
         problems.push("it confirms what the operating system has: a loss of power can lose it");
+    }
+    let is_late = kind == "stream" && !is_awaited;
+    if is_late {
+        problems.push("right after a start of the broker it misses what the queues beside it take, which is confirmed");
     }
     let is_short = ["max-length", "max-length-bytes"].iter().any(|limit| {
         let argument_name = format!("x-{limit}");
@@ -226,6 +232,8 @@ fn keeping(name: &str, queue: &Json) -> Look {
     }
     let remedy = if kind == "classic" {
         Remedy::act("declare it as a quorum queue: x-queue-type = quorum")
+    } else if is_late {
+        Remedy::act(format!("add {name} to rabbitmq.queues"))
     } else {
         Remedy::shell(format!("rabbitmqctl list_queues name type arguments policy | grep {}", word(name)))
     };
@@ -304,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_queue_that_throws_away_what_it_confirmed_is_named() {
-        let queue = |text: &str| keeping("q", &serde_json::from_str(text).unwrap());
+        let queue = |text: &str| keeping("q", &serde_json::from_str(text).unwrap(), false);
         let sound = queue(r#"{"type": "quorum", "durable": true, "arguments": {}}"#);
         assert_eq!(sound, Look::sound("queue q (quorum)"));
         for (text, part) in [
@@ -316,6 +324,11 @@ mod tests {
             let look = format!("{:?}", queue(text));
             assert!(look.contains(part), "{look}");
         }
+        let stream = |is_awaited: bool| {
+            keeping("s", &serde_json::from_str(r#"{"type": "stream", "durable": true}"#).unwrap(), is_awaited)
+        };
+        assert_eq!(stream(true), Look::sound("queue s (stream)"));
+        assert!(format!("{:?}", stream(false)).contains("add s to rabbitmq.queues"));
         let rejecting = r#"{"type": "quorum", "durable": true,
             "arguments": {"x-max-length": 5, "x-overflow": "reject-publish"}}"#;
         assert_eq!(queue(rejecting), Look::sound("queue q (quorum)"));

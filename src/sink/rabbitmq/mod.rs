@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 pub use self::address::{Address, Files};
 use self::connect::answer;
@@ -37,6 +37,11 @@ use super::{Error, Receipt, Sink};
 use crate::finding::{Finding, Remedy};
 use crate::metrics::Metrics;
 use crate::outbox::Message;
+
+/// RabbitMQ (3.10 and 4.0 alike) lets publishers in before each of its streams has a leader again, and confirms what other
+/// queues took meanwhile: the stream never has it. Up to 1.3 s of that were seen after a start, on a busy machine; where a
+/// stream is the only queue, it is returned. `rabbitmq.queues` waits for the queues themselves.
+const STREAMS_NEED: Duration = Duration::from_secs(3);
 
 /// How long a broker may take to answer a goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -56,6 +61,8 @@ pub struct Settings {
     pub exchange: String,
     /// Declare the exchange, or only look that it exists.
     pub declare: bool,
+    /// Queues that must be there before a session's first message.
+    pub queues: Vec<String>,
     /// The broker's `max_message_size`; 0: its version's default. A larger body would close the channel.
     pub message_bytes_max: u64,
 }
@@ -68,15 +75,6 @@ impl std::fmt::Debug for Settings {
 }
 
 impl Settings {
-    /// From now on this host is tried when all others have been.
-    pub fn put_last(&mut self, host: usize) {
-        if self.addresses.len() > 1 && host < self.addresses.len() {
-            let address = self.addresses.remove(host);
-            tracing::debug!(host = %address, "it held back its confirms: the other hosts come first from now on");
-            self.addresses.push(address);
-        }
-    }
-
     /// Where somebody else could listen or pose as the broker, and what to do about it; told once, at start.
     pub fn warnings(&self) -> Vec<String> {
         let of = |address: &Address| {
@@ -94,6 +92,50 @@ impl Settings {
             of(address).into_iter().map(|warning| format!("RabbitMQ at {address}: {warning}")).collect()
         };
         self.addresses.iter().flat_map(told).collect()
+    }
+}
+
+/// The hosts of a broker, and what it is worth to remember from one session to the next.
+#[derive(Debug)]
+pub struct Hosts {
+    settings: Settings,
+    metrics: Arc<Metrics>,
+    /// Of the addresses, that of the last session.
+    last: usize,
+    was_away: bool,
+}
+
+impl Hosts {
+    /// None was tried yet.
+    pub fn new(settings: Settings, metrics: Arc<Metrics>) -> Self {
+        Self { settings, metrics, last: 0, was_away: false }
+    }
+
+    /// Opens a session, as [`RabbitMq::open`] does. A broker that was away is given time for its streams.
+    ///
+    /// # Errors
+    /// Every host's, as one.
+    pub async fn open(&mut self) -> Result<RabbitMq, Error> {
+        let opened = RabbitMq::open(&self.settings, self.metrics.clone()).await;
+        let was_away = std::mem::replace(&mut self.was_away, opened.is_err());
+        let session = opened?;
+        self.last = session.host;
+        // Where somebody has said what to wait for, it is there.
+        if was_away && self.settings.queues.is_empty() {
+            tracing::debug!("the broker was away: its streams are given {STREAMS_NEED:?}");
+            sleep(STREAMS_NEED).await;
+        }
+        Ok(session)
+    }
+
+    /// From now on the host of the last session is tried when all others have been.
+    pub fn put_last(&mut self) {
+        let addresses = &mut self.settings.addresses;
+        if addresses.len() > 1 && self.last < addresses.len() {
+            let address = addresses.remove(self.last);
+            tracing::debug!(host = %address, "it held back its confirms: the other hosts come first from now on");
+            addresses.push(address);
+        }
     }
 }
 
@@ -138,11 +180,6 @@ impl RabbitMq {
         let session = Session::start(opened, Account::of(address, settings), metrics.clone());
         tracing::debug!(server, message_bytes_max, "a session with the broker is open");
         Ok(Self { session, host: 0, server, message_bytes_max, header_bytes_max, published: 0 })
-    }
-
-    /// Which of the addresses of its settings it is a session with.
-    pub fn host(&self) -> usize {
-        self.host
     }
 
     /// The broker's product and version, as it says them: `RabbitMQ 3.10.8`.

@@ -25,13 +25,14 @@ const RABBITMQ: &str = "RabbitMQ";
 
 const ACCESS_REFUSED: u16 = 403;
 const NOT_FOUND: u16 = 404;
+const RESOURCE_LOCKED: u16 = 405;
 const PRECONDITION_FAILED: u16 = 406;
 
 /// A look at each costs a round trip.
 const KEYS_MAX: usize = 20;
 
 /// What ends a channel and not its connection.
-const CHANNEL_FAULTS: [u16; 3] = [ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED];
+const CHANNEL_FAULTS: [u16; 4] = [ACCESS_REFUSED, NOT_FOUND, RESOURCE_LOCKED, PRECONDITION_FAILED];
 
 /// Nobody's: RabbitMQ refuses a message whose `user_id` is not its publisher.
 const SOMEBODY_ELSE: &str = "somebody else, for pgoutbox check";
@@ -100,9 +101,14 @@ fn finding(error: &Error) -> Finding {
 }
 
 /// Bugs of confirms, by RabbitMQ's release notes: the first version that has each, the first without it, and what it is.
-const BUGS: [([u32; 3], [u32; 3], &str); 3] = [
+const BUGS: [([u32; 3], [u32; 3], &str); 4] = [
     ([0, 0, 0], [3, 7, 15], "acks and nacks that come together can be mixed up (rabbitmq-server#1719)"),
     ([0, 0, 0], [3, 10, 0], "of mandatory messages only some may be confirmed (rabbitmq-server#3870)"),
+    (
+        [3, 9, 0],
+        [4, 0, 0],
+        "a stream that takes some of the messages and not all may miss confirmed ones after a change of its leader",
+    ),
     ([3, 10, 0], [3, 10, 10], "behind mirrored classic queues confirms may stop (rabbitmq-server#6115)"),
 ];
 
@@ -152,7 +158,22 @@ impl Probe {
             ),
             Err(error) => Look::wrong(publishing, finding(&error)),
         };
-        vec![found, may_publish]
+        let mut looks = vec![found, may_publish];
+        for name in self.account.queues.clone() {
+            let look = self.queue(&name).await;
+            looks.push(look.unwrap_or_else(|error| Look::wrong(format!("queue {name}"), finding(&error))));
+        }
+        looks
+    }
+
+    async fn queue(&mut self, name: &str) -> Result<Look, Error> {
+        let what = format!("queue {name}");
+        let is_there = |word: &Word| *word == Word::QueueDeclareOk;
+        let looking = |out: &mut BytesMut| wire::queue_declare_passive(out, name);
+        Ok(match self.take("looking at a queue", looking, is_there).await? {
+            Taken::Well => Look::sound(what),
+            Taken::Refused(close) => Look::wrong(what, finding(&self.account.failure(&Fault::Closed(close)))),
+        })
     }
 
     fn exchange_name(&self) -> String {
@@ -294,7 +315,9 @@ mod tests {
 
     #[test]
     fn bugs_are_known_by_version() {
-        for (version, count) in [("3.7.14", 2), ("3.9.0", 1), ("3.10.8", 1), ("3.10.10", 0), ("4.0.5", 0), ("odd", 2)] {
+        for (version, count) in
+            [("3.7.14", 2), ("3.9.0", 2), ("3.10.8", 2), ("3.10.10", 1), ("3.13.7", 1), ("4.0.0", 0), ("odd", 2)]
+        {
             assert_eq!(faults(version).count(), count, "{version}");
         }
     }

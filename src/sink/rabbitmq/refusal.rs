@@ -13,6 +13,9 @@ use crate::sink::Error;
 /// `exchange.declare`.
 const DECLARE: (u16, u16) = (40, 10);
 
+/// `queue.declare`.
+const LOOK_AT_QUEUE: (u16, u16) = (50, 10);
+
 /// `basic.publish`.
 const PUBLISH: (u16, u16) = (60, 40);
 
@@ -28,27 +31,42 @@ pub(super) struct Account {
     pub(super) exchange: String,
     /// Whether the exchange is declared by us.
     pub(super) declare: bool,
+    /// Those that must be there.
+    pub(super) queues: Vec<String>,
     /// RabbitMQ lets that user in from its own machine only.
     pub(super) is_guest_from_afar: bool,
 }
 
-/// The patterns that a relay's user needs: configure, write, read.
-pub(super) fn permissions(exchange: &str, declare: bool) -> [String; 3] {
-    let mut pattern = "^".to_owned();
-    for letter in exchange.chars() {
+/// The patterns that a relay's user needs: configure, write, read. To look at a queue, RabbitMQ asks for any of the three
+/// (since 4.3.1), and writing without reading binds and takes nothing.
+fn permissions(exchange: &str, queues: &[String], declare: bool) -> [String; 3] {
+    let exchange = literally(exchange);
+    let nothing = "^$".to_owned();
+    let configure = if declare { format!("^{exchange}$") } else { nothing.clone() };
+    let write = if queues.is_empty() {
+        format!("^{exchange}$")
+    } else {
+        let queues: Vec<String> = queues.iter().map(|queue| literally(queue)).collect();
+        format!("^({exchange}|{})$", queues.join("|"))
+    };
+    [configure, write, nothing]
+}
+
+/// A pattern that matches this text alone.
+fn literally(text: &str) -> String {
+    let mut pattern = String::new();
+    for letter in text.chars() {
         if !letter.is_alphanumeric() && !"_-:/ ".contains(letter) {
             pattern.push('\\');
         }
         pattern.push(letter);
     }
-    pattern.push('$');
-    let nothing = "^$".to_owned();
-    [if declare { pattern.clone() } else { nothing.clone() }, pattern, nothing]
+    pattern
 }
 
 /// The line that gives a user just these.
-pub fn set_permissions(vhost: &str, user: &str, exchange: &str, declare: bool) -> String {
-    let patterns = permissions(exchange, declare).map(|pattern| word(&pattern));
+pub fn set_permissions(vhost: &str, user: &str, exchange: &str, queues: &[String], declare: bool) -> String {
+    let patterns = permissions(exchange, queues, declare).map(|pattern| word(&pattern));
     format!("rabbitmqctl set_permissions -p {} {} {}", word(vhost), word(user), patterns.join(" "))
 }
 
@@ -60,6 +78,7 @@ impl Account {
             vhost: address.vhost.clone(),
             exchange: settings.exchange.clone(),
             declare: settings.declare,
+            queues: settings.queues.clone(),
             is_guest_from_afar: address.is_guest() && !address.is_loopback(),
         }
     }
@@ -108,7 +127,7 @@ impl Account {
             }
             530 if text.contains("refused") => self.permit(),
             403 if self.is_guest_from_afar => Remedy::shell(format!("rabbitmqctl add_user {USER}"))
-                .then_shell(set_permissions(vhost, USER, &self.exchange, self.declare))
+                .then_shell(set_permissions(vhost, USER, &self.exchange, &self.queues, self.declare))
                 .then_act(format!("put {USER} and its password into rabbitmq.url"))
                 .mind("RabbitMQ lets guest in from its own machine only"),
             403 => Remedy::shell(format!("rabbitmqctl change_password {}", word(user))).mind(format!(
@@ -144,6 +163,11 @@ impl Account {
                 ))
                 .mind("Or set_topic_permissions with a pattern that has every key of rabbitmq.routing_key"),
             ),
+            (403, LOOK_AT_QUEUE) => Finding::new(
+                format!("the broker does not let user {user} look at a queue of rabbitmq.queues: {text}"),
+                self.permit(),
+            ),
+            (_, LOOK_AT_QUEUE) => absent(text),
             (403, DECLARE) if self.declare => Finding::new(
                 format!("the broker does not let user {user} declare exchange {exchange}"),
                 self.permit().mind(
@@ -151,7 +175,14 @@ impl Account {
                      this vhost",
                 ),
             ),
-            (403, DECLARE | PUBLISH) => Finding::new(
+            (403, DECLARE) => Finding::new(
+                format!("the broker does not let user {user} look at exchange {exchange}"),
+                self.permit().mind(
+                    "RabbitMQ 4.2.6 and 4.3.0 ask for the permission to configure it, the first pattern, where others ask \
+                     for none or any: update it. The line replaces what the user may do in this vhost",
+                ),
+            ),
+            (403, PUBLISH) => Finding::new(
                 format!("the broker does not let user {user} publish to exchange {exchange}"),
                 self.permit(),
             ),
@@ -169,12 +200,23 @@ impl Account {
     }
 
     fn set_permissions(&self) -> String {
-        set_permissions(&self.vhost, &self.user, &self.exchange, self.declare)
+        set_permissions(&self.vhost, &self.user, &self.exchange, &self.queues, self.declare)
     }
 
     fn permit(&self) -> Remedy {
         Remedy::shell(self.set_permissions()).mind("The line replaces what the user may do in this vhost")
     }
+}
+
+/// A queue that cannot take messages now. RabbitMQ would confirm what another queue took, and this one would never have it.
+fn absent(text: &str) -> Finding {
+    let remedy = if text.contains("home node") {
+        Remedy::act("see that the node runs that holds it; a stream may need seconds more after its node has started")
+    } else {
+        Remedy::act("declare it and bind it to the exchange")
+    };
+    let mind = "Or take it out of rabbitmq.queues; nothing is published before all of them are there";
+    Finding::new(format!("a queue of rabbitmq.queues cannot take messages: {text}"), remedy.mind(mind))
 }
 
 /// Whether it is the routing key that is refused.
@@ -203,14 +245,16 @@ mod tests {
     fn account(is_guest_from_afar: bool) -> Account {
         let text = |text: &str| text.to_owned();
         let (host, user, vhost, exchange) = (text("rabbit:5672"), text("relay"), text("/"), text("out.box"));
-        Account { host, user, vhost, exchange, declare: true, is_guest_from_afar }
+        Account { host, user, vhost, exchange, declare: true, queues: Vec::new(), is_guest_from_afar }
     }
 
     #[test]
     fn patterns_match_one_exchange_and_no_other() {
-        assert_eq!(permissions("out.box", true), ["^out\\.box$", "^out\\.box$", "^$"]);
-        assert_eq!(permissions("outbox", false), ["^$", "^outbox$", "^$"]);
-        let line = set_permissions("my shop", "relay", "out.box", true);
+        assert_eq!(permissions("out.box", &[], true), ["^out\\.box$", "^out\\.box$", "^$"]);
+        assert_eq!(permissions("outbox", &[], false), ["^$", "^outbox$", "^$"]);
+        let queues = ["a.b".to_owned(), "c".to_owned()];
+        assert_eq!(permissions("outbox", &queues, true), ["^outbox$", "^(outbox|a\\.b|c)$", "^$"]);
+        let line = set_permissions("my shop", "relay", "out.box", &[], true);
         assert_eq!(line, r"rabbitmqctl set_permissions -p 'my shop' relay '^out\.box$' '^out\.box$' '^$'");
     }
 

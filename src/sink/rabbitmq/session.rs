@@ -325,6 +325,7 @@ mod tests {
             vhost: "/".to_owned(),
             exchange: "ex".to_owned(),
             declare: true,
+            queues: Vec::new(),
             is_guest_from_afar: false,
         };
         (Session::start(opened, account, Arc::new(Metrics::new())), theirs)

@@ -149,6 +149,17 @@ pub(super) fn exchange_declare_in_vain(out: &mut BytesMut, exchange: &str) {
     });
 }
 
+/// Only looks that a queue is there and reachable. It answers with the number of its messages, which nobody needs.
+pub(super) fn queue_declare_passive(out: &mut BytesMut, queue: &str) {
+    const PASSIVE: u8 = 1;
+    method(out, CHANNEL, 50, 10, |out| {
+        out.put_u16(0);
+        short(out, queue);
+        out.put_u8(PASSIVE);
+        table(out, &[]);
+    });
+}
+
 pub(super) fn channel_close_ok(out: &mut BytesMut) {
     method(out, CHANNEL, 20, 41, |_| {});
 }
@@ -331,7 +342,7 @@ fn field_bytes(value: &HeaderValue) -> Result<usize, &str> {
 #[cfg(test)]
 mod tests {
     use amq_protocol::frame::{AMQPFrame, parse_frame};
-    use amq_protocol::protocol::{AMQPClass, basic, connection, exchange, tx};
+    use amq_protocol::protocol::{AMQPClass, basic, connection, exchange, queue, tx};
     use amq_protocol::types::AMQPValue;
 
     use super::*;
@@ -436,12 +447,13 @@ mod tests {
         channel_open(&mut out);
         exchange_declare(&mut out, "ex", true);
         exchange_declare(&mut out, "ex", false);
+        queue_declare_passive(&mut out, "orders");
         confirm_select(&mut out);
         heartbeat(&mut out);
         close(&mut out, "stopped");
         close_ok(&mut out);
         let frames: Vec<AMQPFrame> = parsed(&out).into_iter().map(|(frame, _)| frame).collect();
-        assert_eq!(frames.len(), 10);
+        assert_eq!(frames.len(), 11);
         let AMQPFrame::Method(0, AMQPClass::Connection(connection::AMQPMethod::StartOk(start))) = &frames[0] else {
             panic!("{:?}", frames[0])
         };
@@ -463,7 +475,11 @@ mod tests {
             assert_eq!((declare.passive, declare.durable, declare.nowait), (passive, true, false));
             assert!(!declare.auto_delete && !declare.internal);
         }
-        assert_eq!(frames[7], AMQPFrame::Heartbeat);
+        let AMQPFrame::Method(1, AMQPClass::Queue(queue::AMQPMethod::Declare(declare))) = &frames[6] else {
+            panic!("{:?}", frames[6])
+        };
+        assert_eq!((declare.queue.as_str(), declare.passive, declare.nowait), ("orders", true, false));
+        assert_eq!(frames[8], AMQPFrame::Heartbeat);
     }
 
     #[test]

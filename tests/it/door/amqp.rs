@@ -11,10 +11,11 @@ use lapin::ExchangeKind;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::FieldTable;
 use pgoutbox::metrics::Metrics;
-use pgoutbox::sink::rabbitmq::{Address, Files, Settings};
+use pgoutbox::sink::rabbitmq::{Address, Files, Hosts, Settings};
 use pgoutbox::sink::{RabbitMq, Sink};
 
 use super::{CANARY, opens, session};
+use crate::scripted::amqp::Broker;
 use crate::support::consumer::{Consumer, channel};
 use crate::support::relay::{Relay, environment, pgoutbox};
 use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq, unique};
@@ -137,9 +138,30 @@ async fn the_next_host_is_asked_where_one_is_dead_or_says_nothing() {
     let (name, options) = (unique("door"), ExchangeDeclareOptions::default());
     channel.exchange_declare(name.as_str().into(), ExchangeKind::Fanout, options, FieldTable::default()).await.unwrap();
     let addresses = Address::parse_all(&[url(good, ""), url(dead, "")].join(","), &Files::default()).unwrap();
-    let settings = Settings { addresses, exchange: name, declare: true, message_bytes_max: 0 };
+    let settings = Settings { addresses, exchange: name, declare: true, queues: Vec::new(), message_bytes_max: 0 };
     let error = RabbitMq::open(&settings, Arc::new(Metrics::new())).await.err().unwrap().to_string();
     assert!(error.contains("is not a durable topic exchange"), "{error}");
+}
+
+/// It lets publishers in before its streams have leaders.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_was_away_is_given_time_unless_what_it_needs_is_looked_at() {
+    const STREAMS_NEED: Duration = Duration::from_secs(3);
+    for (queues, is_given_time) in [(vec![], true), (vec!["orders".to_owned()], false)] {
+        // It closes its first connection without a word.
+        let broker = Broker::start(1, |_| Ok(()));
+        let addresses = Address::parse_all(&broker.url(), &Files::default()).unwrap();
+        let settings =
+            Settings { addresses, exchange: "outbox".to_owned(), declare: true, queues, message_bytes_max: 0 };
+        let mut hosts = Hosts::new(settings, Arc::new(Metrics::new()));
+        assert!(hosts.open().await.is_err());
+        let began = Instant::now();
+        hosts.open().await.unwrap();
+        let then = Instant::now();
+        assert_eq!(then - began >= STREAMS_NEED, is_given_time, "{:?}", then - began);
+        hosts.open().await.unwrap();
+        assert!(then.elapsed() < STREAMS_NEED, "it was not away");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -277,7 +277,13 @@ async fn a_client_certificate_is_shown_where_it_is_demanded_and_can_be_the_login
     mode(&key, 0o644);
     opens(&plain, &ours).await.unwrap();
     let addresses = Address::parse_all(&plain, &ours).unwrap();
-    let settings = Settings { addresses, exchange: "amq.topic".to_owned(), declare: false, message_bytes_max: 0 };
+    let settings = Settings {
+        addresses,
+        exchange: "amq.topic".to_owned(),
+        declare: false,
+        queues: Vec::new(),
+        message_bytes_max: 0,
+    };
     let warnings = settings.warnings().join("");
     assert!(warnings.contains("rabbitmq.tls_key: ") && warnings.contains("Remedy: chmod 600"), "{warnings}");
     mode(&key, 0o600);

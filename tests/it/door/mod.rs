@@ -227,7 +227,7 @@ fn install(postgres: &Postgres, name: &str, text: &str) {
 async fn session(urls: &str, files: &Files) -> Result<RabbitMq, String> {
     let addresses = Address::parse_all(urls, files).map_err(|faults| faults.join("; "))?;
     let exchange = "amq.topic".to_owned();
-    let settings = rabbitmq::Settings { addresses, exchange, declare: false, message_bytes_max: 0 };
+    let settings = rabbitmq::Settings { addresses, exchange, declare: false, queues: Vec::new(), message_bytes_max: 0 };
     let opened = RabbitMq::open(&settings, Arc::new(Metrics::new())).await;
     opened.map_err(|error| {
         assert!(!error.to_string().contains(CANARY) && !format!("{error:?}{settings:?}").contains(CANARY), "{error}");

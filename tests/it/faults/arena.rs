@@ -11,7 +11,7 @@ use pgoutbox::servers::{Postgres, RabbitMq};
 
 use super::cluster;
 use super::judge::Outcome;
-use crate::support::consumer::{Consumer, channel};
+use crate::support::consumer::{Consumer, Kind, channel};
 use crate::support::links::{Ledger, Link};
 use crate::support::load::{ENDLESS, Mix, Oracle, Writers};
 use crate::support::relay::{Relay, Way};
@@ -108,6 +108,11 @@ impl Round {
             consumers.push(Consumer::start_kind(&outbox, *kind).await);
         }
         site.remember_queues();
+        let mut settings = vec![("rabbitmq.confirm_timeout".to_owned(), "5s".to_owned())];
+        // As guarantees.md tells those who have one beside other queues.
+        if site.kinds().contains(&Kind::Stream) {
+            settings.push(("rabbitmq.queues".to_owned(), Kind::Stream.queue(&outbox)));
+        }
         let ledger = Ledger::new(outbox.confirmed().await);
         let mut to_peers = Vec::new();
         for peer in &site.peers {
@@ -124,7 +129,7 @@ impl Round {
             ledger,
             consumers,
             random,
-            settings: vec![("rabbitmq.confirm_timeout".to_owned(), "5s".to_owned())],
+            settings,
             way: Vec::new(),
             hosts: ["127.0.0.1"; 2],
             connect_within: None,

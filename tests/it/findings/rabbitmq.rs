@@ -10,7 +10,8 @@ use lapin::{ExchangeKind, options::ExchangeDeleteOptions};
 use super::Break::{Ctl, Setting};
 use super::Run::{Stops, Waits, WaitsWithARow};
 use super::{Case, PASSWORD, Surroundings};
-use crate::support::consumer::channel;
+use crate::support::consumer::{Consumer, bind, channel};
+use crate::support::relay::Relay;
 use crate::support::{Outbox, shared_postgres, shared_rabbitmq};
 
 const VHOST: &str = "the shop";
@@ -98,6 +99,36 @@ async fn each_way_to_keep_a_relay_out_of_rabbitmq_is_found_and_mended() {
     let looked = channel.exchange_declare(name.as_str().into(), ExchangeKind::Topic, passive, FieldTable::default());
     assert!(looked.await.is_err(), "`check` declared the exchange");
     surroundings.an_exchange_that_exists(&guest).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_that_must_be_there_is_missed_before_anything_is_published() {
+    let mut surroundings = Surroundings::of(shared_postgres(), shared_rabbitmq()).await;
+    let name = surroundings.outbox.name.clone();
+    let (queue, user) = (format!("{name}_must"), format!("{name}_user"));
+    // As `init --print-sql` has it for a relay.
+    let write = format!("^({name}|{queue})$");
+    surroundings.ctl(["add_user", &user].map(str::to_owned).into());
+    let permissions = ["set_permissions", "-p", "/", &user, &format!("^{name}$"), &write, NOTHING];
+    surroundings.ctl(permissions.map(str::to_owned).into());
+    surroundings.amqp = surroundings.amqp.replace("guest:guest", &format!("{user}:{PASSWORD}"));
+    surroundings.settings.push(("rabbitmq.queues".to_owned(), queue.clone()));
+    let (_, printed) = surroundings.verb(&["init", "--print-sql"], &surroundings.url);
+    assert!(printed.contains(&write), "{printed}");
+    let consumer = Consumer::start(&surroundings.outbox).await;
+    surroundings.outbox.insert("placed").await;
+    let says = "a queue of rabbitmq.queues cannot take messages: NOT_FOUND - no queue";
+    let findings = surroundings.findings();
+    assert!(findings.len() == 1 && findings[0]["what"] == format!("queue {queue}"), "{findings:#?}");
+    assert!(findings[0]["problem"].as_str().unwrap().contains(says), "{findings:#?}");
+    surroundings.run_says(Waits, says).await;
+    assert_eq!(consumer.count(), 0, "it was published to the other queue");
+    bind(&surroundings.outbox, &queue, "#").await;
+    surroundings.is_sound();
+    let settings = [("rabbitmq.queues", queue.as_str())];
+    let relay = Relay::start_at(&surroundings.url, &surroundings.amqp, &surroundings.outbox.name, &settings);
+    consumer.wait_distinct(1).await;
+    assert_eq!(relay.stop(), 0);
 }
 
 impl Surroundings<'_> {

@@ -4,7 +4,7 @@
 //! somebody in between does not. What is judged is always the same: nothing counts as settled that the broker did not
 //! confirm, nothing is published that Postgres did not say, and the relay is there afterwards.
 
-mod amqp;
+pub(crate) mod amqp;
 mod broker;
 pub(crate) mod postgres;
 mod scram;
