@@ -26,6 +26,7 @@ mod servers;
 mod simulation;
 mod sink;
 mod stops;
+mod streams;
 mod support;
 mod tidy;
 mod verbs;

@@ -356,6 +356,11 @@ impl Round {
         for (kind, count) in self.site.kinds().iter().zip(last.1).filter(|(_, count)| *count < truth.len()) {
             self.complaints.push(format!("of {} messages {count} came out of the queue of kind {kind:?}", truth.len()));
         }
+        if self.site.kinds().contains(&Kind::Stream) && !self.complaints.is_empty() {
+            let again = Consumer::of(&self.outbox, Kind::Stream);
+            tokio::time::sleep(STANDSTILL).await;
+            self.complaints.push(format!("a new consumer finds {} messages in the stream", again.distinct()));
+        }
         let marker = self.healed.as_ref().map(|healed| &healed.marker);
         if !marker.is_some_and(|marker| self.consumers.iter().all(|consumer| consumer.has(marker))) {
             self.complaints.push("the row inserted after the fault did not arrive".to_owned());

@@ -165,8 +165,13 @@ impl Consumer {
 
     /// The same, of a queue of that kind.
     pub(crate) async fn start_kind(outbox: &Outbox, kind: Kind) -> Self {
+        bind_kind(outbox, &kind.queue(outbox), "#", kind).await;
+        Self::of(outbox, kind)
+    }
+
+    /// Of that queue, as it is; of a stream, from its beginning.
+    pub(crate) fn of(outbox: &Outbox, kind: Kind) -> Self {
         let queue = kind.queue(outbox);
-        bind_kind(outbox, &queue, "#", kind).await;
         let kept = Arc::new(Mutex::new(Kept::default()));
         let task = tokio::spawn(consume(outbox.amqp.clone(), queue, kind, kept.clone()));
         Self { kept, task }
