@@ -6,6 +6,7 @@ mod config;
 mod demo;
 mod drop;
 mod init;
+mod log;
 mod man;
 mod run;
 mod status;
@@ -171,7 +172,7 @@ fn say(line: &str) -> Result<(), Error> {
 /// To standard error. `eprintln!` panics where that is a full disk or a pipe without a reader, and what is said there is
 /// never worth that.
 fn complain(line: &str) {
-    let _ = writeln!(std::io::stderr(), "pgoutbox: {line}");
+    let _ = log::Lines.write_all(format!("pgoutbox: {line}\n").as_bytes());
 }
 
 fn report(error: &Error) -> ExitCode {
@@ -190,9 +191,9 @@ fn start_logs(common: &Common) {
     // The consumers of `demo` meet a broker that restarts: lapin would log what is part of the show.
     let filter = EnvFilter::try_new(format!("{level},lapin=off")).unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
     // Its way to say that a line could not be written is `eprintln!`.
-    let logs =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| log::Lines).log_internal_errors(false);
     let logs = logs.with_target(false);
+    log::be_json(matches!(common.log_format, LogFormat::Json));
     match common.log_format {
         LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => logs.json().flatten_event(true).init(),

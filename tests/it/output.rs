@@ -5,9 +5,12 @@
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
-use std::io::{PipeWriter, Read};
+use std::io::{PipeWriter, Read, Write};
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::support::consumer::Consumer;
 use crate::support::relay::{Relay, Way, environment, pgoutbox};
@@ -55,6 +58,28 @@ async fn a_log_on_a_full_disk_keeps_nothing_from_being_delivered() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_nobody_reads_any_more_keeps_nothing_from_being_delivered() {
     delivers_without_a_log(unread()).await;
+}
+
+/// Once it is full, a line would wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_is_open_and_never_read_keeps_nothing_from_being_delivered() {
+    /// What a pipe holds.
+    const PIPE_BYTES: usize = 65_536;
+    let (mut reader, mut log) = std::io::pipe().unwrap();
+    log.write_all(&[b'x'; PIPE_BYTES]).unwrap();
+    let copy = log.try_clone().unwrap();
+    let mut full = [PollFd::new(copy.as_fd(), PollFlags::POLLOUT)];
+    assert_eq!(poll(&mut full, PollTimeout::ZERO).unwrap(), 0, "the pipe takes more");
+    delivers_without_a_log(log).await;
+    let outbox = outbox().await;
+    let relay = Relay::start_by(Way { stderr: Some(copy.into()), ..Way::default() }, &outbox, &[]);
+    relay.ready().await;
+    // Somebody reads again, and learns what he missed.
+    reader.read_exact(&mut [0; PIPE_BYTES]).unwrap();
+    assert_eq!(relay.stop(), 0);
+    let mut said = String::new();
+    reader.read_to_string(&mut said).unwrap();
+    assert!(said.contains("lines of the log are lost") && said.contains("stopped"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
