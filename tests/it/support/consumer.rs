@@ -20,6 +20,10 @@ use pgoutbox::lsn::Lsn;
 
 use super::{Outbox, PATIENCE};
 
+/// A stream that says nothing for so long is asked again: RabbitMQ 3.10 was seen to give a consumer nothing that had come
+/// after it, twice in about a hundred starts, and what counts is what the stream has.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
 /// One delivery.
 #[derive(Clone, Debug)]
 pub(crate) struct Received {
@@ -213,17 +217,25 @@ impl Consumer {
 
 /// Whatever ends a connection, the next one goes on.
 async fn consume(amqp: String, queue: String, kind: Kind, kept: Arc<Mutex<Kept>>) {
+    let mut was_silent = false;
     loop {
-        let _ = consume_once(&amqp, &queue, kind, &kept).await;
+        was_silent = consume_once(&amqp, &queue, kind, &kept, was_silent).await.unwrap_or(false);
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-async fn consume_once(amqp: &str, queue: &str, kind: Kind, kept: &Mutex<Kept>) -> Result<(), lapin::Error> {
+/// `true`: nothing came for too long.
+async fn consume_once(
+    amqp: &str,
+    queue: &str,
+    kind: Kind,
+    kept: &Mutex<Kept>,
+    was_silent: bool,
+) -> Result<bool, lapin::Error> {
     /// Enough to keep the broker busy; what is not acknowledged comes again after a break.
     const PREFETCH: u16 = 1000;
     const ACK_AT_LEAST_EVERY: usize = 200;
-    let (_connection, channel) = open(amqp).await?;
+    let (connection, channel) = open(amqp).await?;
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
     if kind == Kind::Stream {
@@ -231,22 +243,33 @@ async fn consume_once(amqp: &str, queue: &str, kind: Kind, kept: &Mutex<Kept>) -
         arguments.insert("x-stream-offset".into(), AMQPValue::LongLongInt(next));
     }
     let consumer = channel.basic_consume(queue.into(), "".into(), BasicConsumeOptions::default(), arguments);
-    let mut consumer = consumer.await?;
-    let (mut last, mut waiting) = (0, 0);
+    let asked = tokio::time::timeout(PATIENCE, consumer).await;
+    let mut consumer = asked.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+    let (asked_at, mut last, mut waiting) = (Instant::now(), 0, 0);
     loop {
-        let next = if waiting > 0 {
-            tokio::time::timeout(Duration::from_millis(20), consumer.next()).await
-        } else {
-            Ok(consumer.next().await)
+        let patience = match kind {
+            _ if waiting > 0 => Duration::from_millis(20),
+            Kind::Stream => SILENCE_MAX,
+            _ => Duration::MAX,
         };
+        let next = tokio::time::timeout(patience, consumer.next()).await;
         match next {
             Ok(Some(delivery)) => {
                 let delivery = delivery?;
+                if was_silent && last == 0 && asked_at.elapsed() < Duration::from_millis(300) {
+                    println!(
+                        "{queue}: its consumer was given nothing for {SILENCE_MAX:?}, and more when it asked again"
+                    );
+                }
                 last = delivery.delivery_tag;
                 waiting += 1;
                 kept.lock().unwrap().keep(delivery);
             }
-            Ok(None) => return Ok(()),
+            Ok(None) => return Ok(false),
+            Err(_) if waiting == 0 => {
+                let _ = tokio::time::timeout(SILENCE_MAX, connection.close(200, "silent".into())).await;
+                return Ok(true);
+            }
             Err(_) => waiting = ACK_AT_LEAST_EVERY,
         }
         if waiting >= ACK_AT_LEAST_EVERY {
