@@ -3,10 +3,12 @@
 //! The trap: a program that was measured inside the bench shares its allocator, its threads and its peak of memory with it.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+
+use pgoutbox::servers::free_ports;
 
 use crate::arena::{Arena, DATABASE, POLLED};
 use crate::bare::amqp::Publisher;
@@ -168,7 +170,7 @@ impl Program {
     }
 
     pub(crate) fn pgoutbox(binary: &PathBuf, url: &str, slot: &str, settings: &[(&str, String)]) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let [port] = free_ports().unwrap();
         let mut command = Command::new(binary);
         // A PGPORT or an AMQP_URL of the caller means other servers.
         let foreign = |name: &String| name.starts_with("PG") || name == "AMQP_URL" || name == "RUST_LOG";

@@ -4,7 +4,6 @@
 //! speaks of, and the package is installed, run as its service would run it, and purged.
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,7 @@ use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
-use pgoutbox::servers::{Postgres, RabbitMq};
+use pgoutbox::servers::{Postgres, RabbitMq, free_ports};
 
 use crate::support::consumer::Consumer;
 use crate::support::relay::pgoutbox;
@@ -214,7 +213,7 @@ async fn deliver_as_the_service_would() {
     // The defaults of the shipped file: the exchange is `outbox`.
     let (client, name) = (connect(&url).await, "outbox".to_owned());
     let outbox = Outbox { client, url: url.clone(), amqp: rabbitmq.url(), name };
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let [port] = free_ports().unwrap();
     let environment =
         [("DATABASE_URL", url), ("AMQP_URL", rabbitmq.url()), ("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{port}"))];
     let command = |line: &str| {

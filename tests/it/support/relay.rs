@@ -1,12 +1,13 @@
 //! `pgoutbox run` as a process, as an operator has it: environment in, exit code, log and probes out.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pgoutbox::servers::free_ports;
 
 use super::{Outbox, PATIENCE};
 
@@ -87,7 +88,8 @@ impl Relay {
 
     /// The same in another way.
     pub(crate) fn start_at_by(way: Way, url: &str, amqp: &str, name: &str, settings: &[(&str, &str)]) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // Not one of the range that connections are given theirs from: it would be gone before the relay listens.
+        let [port] = free_ports().unwrap();
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut command = pgoutbox();
         command
