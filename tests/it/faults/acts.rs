@@ -62,9 +62,8 @@ impl Round {
 
     /// I14: in whatever state the broker is. Left stopped.
     pub(super) async fn stop_postgres(&mut self, mode: &str) {
-        // A relay lets go within 2 s, or never. The shutdown's checkpoint alone took 8.5 s on a busy disk, with no relay there.
-        let took = self.site.postgres.stop(mode, Duration::from_secs(30)).unwrap();
-        if took > Duration::from_secs(15) {
+        let took = self.site.postgres.stop(mode, Duration::from_secs(20)).unwrap();
+        if took > Duration::from_secs(5) {
             self.complaints.push(format!("a {mode} stop of Postgres took {took:?}"));
         }
     }
