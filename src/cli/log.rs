@@ -53,10 +53,11 @@ impl Write for Lines {
     }
 }
 
-/// A file that is closed is ready as well: the write says what is wrong.
+/// A pipe whose reader is gone is ready as well: the write says what is wrong. A signal that ends the wait, such as SIGTERM,
+/// has not made it ready: who wrote then would wait after all, and never stop.
 fn is_ready(file: &impl AsFd, milliseconds: u16) -> bool {
     let mut file = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
-    poll(&mut file, PollTimeout::from(milliseconds)).map_or(true, |count| count > 0)
+    poll(&mut file, PollTimeout::from(milliseconds)).is_ok_and(|count| count > 0)
 }
 
 fn note(lost: u64) -> Vec<u8> {

@@ -39,7 +39,7 @@ use crate::metrics::Metrics;
 use crate::outbox::Message;
 
 /// RabbitMQ (3.10 and 4.0 alike) lets publishers in before each of its streams has a leader again, and confirms what other
-/// queues took meanwhile: the stream never has it. Up to 1.3 s of that were seen after a start, on a busy machine; where a
+/// queues took meanwhile: the stream never has it. Up to 1.2 s of that were seen after a start, on a busy machine; where a
 /// stream is the only queue, it is returned. `rabbitmq.queues` waits for the queues themselves.
 const STREAMS_NEED: Duration = Duration::from_secs(3);
 
