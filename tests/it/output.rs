@@ -60,6 +60,20 @@ async fn a_log_that_nobody_reads_any_more_keeps_nothing_from_being_delivered() {
     delivers_without_a_log(unread()).await;
 }
 
+/// The signal ends the wait for a reader: that is no room. Within the first moments, which is where a line is waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_is_heard_while_the_log_waits_for_a_reader() {
+    let outbox = outbox().await;
+    for milliseconds in (40..200).step_by(20) {
+        let (_reader, mut log) = std::io::pipe().unwrap();
+        log.write_all(&[b'x'; 65_536]).unwrap();
+        let relay = Relay::start_by(Way { stderr: Some(log.into()), ..Way::default() }, &outbox, &[]);
+        tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+        // 0, or by the signal itself where that came before the relay listened for it.
+        relay.stop();
+    }
+}
+
 /// Once it is full, a line would wait for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_is_open_and_never_read_keeps_nothing_from_being_delivered() {
