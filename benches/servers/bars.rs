@@ -80,7 +80,8 @@ fn rates(results: &Results) -> Vec<Bar> {
 
 fn latencies(results: &Results) -> Vec<Bar> {
     let mut bars = Vec::new();
-    for name in results.scenarios("latency").iter().filter(|name| name.ends_with("a second")) {
+    // Rows of other sizes have no bar.
+    for name in results.scenarios("latency").iter().filter(|name| !name.ends_with("KB")) {
         for (figure, percentile, most) in [("p50_us", "p50", P50_MAX), ("p99_us", "p99", P99_MAX)] {
             if let Some(ratio) = results.ratio("latency", name, (PGOUTBOX, BARE), figure) {
                 bars.push(Bar::at_most(

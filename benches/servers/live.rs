@@ -3,6 +3,9 @@
 //! The trap: a sender that waits for an answer sends less when the system is slow, and measures its best moments. Here each
 //! row has its time; four connections keep it, and what they could not keep is reported. And the time in the payload is
 //! taken before the statement that commits is sent, so that the commit's own way to the disk is in all figures alike.
+//!
+//! Another one: 5,000 commits a second fill two cores by themselves, and then everything waits for the scheduler. The same
+//! rate in transactions of five rows leaves room to see who relays how fast.
 
 use std::time::{Duration, Instant};
 
@@ -16,8 +19,8 @@ use crate::subject::{Subject, WINDOW, Way};
 
 const SENDERS: u64 = 4;
 
-/// Messages a second, and for how many seconds.
-const RATES: [(u64, u64); 3] = [(200, 8), (1000, 6), (5000, 5)];
+/// Messages a second, rows a transaction, and for how many seconds.
+const RATES: [(u64, u64, u64); 4] = [(200, 1, 8), (1000, 1, 6), (5000, 1, 5), (5000, 5, 5)];
 
 /// Rows of other sizes, at this rate.
 const SIZES: [usize; 2] = [1024, 16 * 1024];
@@ -30,15 +33,19 @@ pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
     let relays: Vec<Subject> = [Subject::bare(), Subject::pgoutbox()].into_iter().chain(Subject::against()).collect();
     let pollers =
         [Duration::ZERO, Duration::from_millis(500)].map(|pause| Subject::Polling { batch: WINDOW as u64, pause });
-    for (rate, seconds) in RATES {
-        let scenario = format!("{rate} a second");
+    for (rate, each, seconds) in RATES {
+        let scenario = match each {
+            1 => format!("{rate} a second"),
+            each => format!("{rate} a second, {each} a transaction"),
+        };
+        let rows = scaled_rows(rate, seconds) / each * each;
         for round in 0..rounds() {
             let mut subjects = relays.clone();
             if round < ROUNDS_OF_POLLERS {
                 subjects.extend(pollers.clone());
             }
             for subject in turned(&subjects, round) {
-                let live = Live { subject: &subject, rate, rows: scaled_rows(rate, seconds), bytes: PAYLOAD_BYTES };
+                let live = Live { subject: &subject, rate, each, rows, bytes: PAYLOAD_BYTES };
                 let values = live.run(arena);
                 results.add("latency", &scenario, &subject.name(), round, values);
             }
@@ -48,7 +55,8 @@ pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
         let scenario = format!("{RATE_OF_SIZES} a second, {} KB", bytes / 1024);
         for round in 0..rounds().min(ROUNDS_OF_POLLERS) {
             for subject in turned(&relays, round) {
-                let live = Live { subject: &subject, rate: RATE_OF_SIZES, rows: scaled_rows(RATE_OF_SIZES, 4), bytes };
+                let rows = scaled_rows(RATE_OF_SIZES, 4);
+                let live = Live { subject: &subject, rate: RATE_OF_SIZES, each: 1, rows, bytes };
                 let values = live.run(arena);
                 results.add("latency", &scenario, &subject.name(), round, values);
             }
@@ -64,6 +72,8 @@ fn scaled_rows(rate: u64, seconds: u64) -> u64 {
 struct Live<'a> {
     subject: &'a Subject,
     rate: u64,
+    /// Rows a transaction.
+    each: u64,
     rows: u64,
     bytes: usize,
 }
@@ -89,14 +99,14 @@ impl Live<'_> {
         let sender = || Sender::open(&url, table, self.bytes, clock);
         let fail = |fault: String| -> ! { panic!("{}: {fault}\n{}", self.subject.name(), program.log()) };
         // One ahead: the program works, and all is connected before the clock begins.
-        sender().send(self.rows + 1);
+        sender().send(self.rows + 1, 1);
         consumer.wait().unwrap_or_else(|fault| fail(fault));
         let senders: Vec<Sender> = (0..SENDERS).map(|_| sender()).collect();
         let before = process::cpu(program.pid());
         let began = Instant::now() + Duration::from_millis(10);
-        let threads = senders.into_iter().zip(1..).map(|(sender, first)| {
-            let (rate, rows) = (self.rate, self.rows);
-            std::thread::spawn(move || sender.keep_time(began, rate, first, rows))
+        let threads = senders.into_iter().zip(0..).map(|(sender, first)| {
+            let (rate, each, rows) = (self.rate, self.each, self.rows);
+            std::thread::spawn(move || sender.keep_time(began, rate, each, first, rows))
         });
         let threads: Vec<_> = threads.collect();
         let late: Vec<Duration> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
@@ -127,7 +137,7 @@ impl Live<'_> {
     }
 }
 
-/// A connection that inserts one row a transaction.
+/// A connection that inserts rows, a statement a transaction.
 struct Sender {
     sql: Sql,
     clock: Instant,
@@ -137,30 +147,30 @@ impl Sender {
     fn open(url: &str, table: &str, bytes: usize, clock: Instant) -> Self {
         let sql = Sql::open(url);
         // Short keys first: `n`, then `t`.
-        let payload = load::payload("$1::bigint", bytes).replace("'total'", "'t', $2::bigint, 'total'");
+        let payload = load::payload("n", bytes).replace("'total'", "'t', $3::bigint, 'total'");
         let statement = format!(
-            "prepare send(bigint, bigint) as insert into {table} (aggregatetype, aggregateid, type, payload) \
-             values ('order', $1::text, 'placed', {payload})"
+            "prepare send(bigint, bigint, bigint) as insert into {table} (aggregatetype, aggregateid, type, payload) \
+             select 'order', n::text, 'placed', {payload} from generate_series($1, $1 + $2 - 1) n"
         );
         sql.run(&statement);
         Self { sql, clock }
     }
 
-    fn send(&self, number: u64) {
+    fn send(&self, first: u64, rows: u64) {
         let sent = self.clock.elapsed().as_nanos();
-        self.sql.run(&format!("execute send({number}, {sent})"));
+        self.sql.run(&format!("execute send({first}, {rows}, {sent})"));
     }
 
-    /// Every fourth row, each at its time; how late each was.
-    fn keep_time(self, began: Instant, rate: u64, first: u64, rows: u64) -> Vec<Duration> {
-        let numbers = (first..=rows).step_by(SENDERS as usize);
-        let late = |number| {
-            let due = began + Duration::from_secs_f64((number - 1) as f64 / rate as f64);
+    /// Every fourth transaction, from this one on, each at its time; how late each was.
+    fn keep_time(self, began: Instant, rate: u64, each: u64, first: u64, rows: u64) -> Vec<Duration> {
+        let transactions = (first..rows / each).step_by(SENDERS as usize);
+        let late = |transaction| {
+            let due = began + Duration::from_secs_f64((transaction * each) as f64 / rate as f64);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
             let late = due.elapsed();
-            self.send(number);
+            self.send(transaction * each + 1, each);
             late
         };
-        numbers.map(late).collect()
+        transactions.map(late).collect()
     }
 }

@@ -36,8 +36,8 @@ struct Times {
     rows: u64,
 }
 
-const NEAR: Times = Times { before: Duration::from_millis(500), counted: Duration::from_millis(1500), rows: 200_000 };
-const FAR: Times = Times { before: Duration::from_secs(3), counted: Duration::from_secs(2), rows: 400_000 };
+const NEAR: Times = Times { before: Duration::from_millis(1500), counted: Duration::from_millis(1500), rows: 200_000 };
+const FAR: Times = Times { before: Duration::from_secs(5), counted: Duration::from_secs(2), rows: 400_000 };
 
 pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
     let mut subjects: Vec<Subject> = WINDOWS.map(Window::Fixed).map(Subject::pgoutbox_with).into();

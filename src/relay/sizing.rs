@@ -1,9 +1,9 @@
 //! How large the window is: as small as the broker's full rate allows. Pure: it is told what settled and when.
 //!
 //! In flight = rate x latency (Little's law). While the pipe is not full, a larger window buys rate; once it is, it buys
-//! only latency, memory and duplicates. So the size doubles as long as that pays, and then is compared, in short turns, with
-//! one twice as large and one a little smaller, for as many turns as the noise of the rates asks for. What changes nothing
-//! is tried again, later and later.
+//! only latency, memory and duplicates. So the size doubles as long as that pays, goes back by the step that did not, and
+//! then is compared, in short turns, with one twice as large and one a little smaller, for as many turns as the noise of the
+//! rates asks for. What changes nothing is tried again, later and later.
 //!
 //! The traps. A rate that the source sets says nothing about the window: turns in which the window was not full do not
 //! count. And what settles just after a change was published before it: each turn begins when one window has passed.
@@ -31,7 +31,7 @@ const CLIMB_SURE: f64 = 1.5;
 const LARGER: f64 = 1.03;
 const SMALLER: f64 = 0.985;
 
-/// Pairs of turns after which a comparison is decided, however noisy.
+/// Pairs of turns after which a comparison with a smaller size is decided, however noisy; with a larger one, twice as many.
 const PAIRS_MAX: u32 = 24;
 
 /// Between two comparisons that changed nothing, at first and at most.
@@ -96,7 +96,9 @@ impl Pairs {
         // Two pairs that agree by chance are not certain.
         let error = variance.sqrt().max(0.01) / count.sqrt() * 2.0 + if self.count == 2 { 0.05 } else { 0.0 };
         let is_clear = self.count >= 2 && (mean - threshold).abs() > error;
-        (is_clear || self.count >= PAIRS_MAX).then_some(mean > threshold)
+        // To grow by mistake costs more than not to shrink.
+        let pairs_max = if factor > 1.0 { 2 * PAIRS_MAX } else { PAIRS_MAX };
+        (is_clear || self.count >= pairs_max).then_some(mean > threshold)
     }
 }
 
@@ -162,10 +164,14 @@ impl Sizing {
                 }
                 rates.sort_by(f64::total_cmp);
                 let rate = if is_sure { rate } else { rates.get(CLIMB_TURNS / 2).copied().unwrap_or(rate) };
-                if rate > *best * CLIMB && self.size < self.max {
+                let pays = rate > *best * CLIMB;
+                if pays && self.size < self.max {
                     self.mode = Mode::Climb { best: rate, rates: Vec::new() };
                     self.size = self.size.saturating_mul(2).min(self.max);
                 } else {
+                    if !pays {
+                        self.size = (self.size / 2).max(FIRST).clamp(self.min, self.size);
+                    }
                     self.compare();
                 }
             }
@@ -238,35 +244,48 @@ mod tests {
         near(window) * if window > 200.0 { 0.8 } else { 1.0 }
     }
 
-    /// Rate and latency over a minute, behind a quarter of one, as shares of the best of all fixed windows' rate, and of
-    /// the latency of the smallest one that reaches 95 % of it.
-    fn shares(broker: Broker, noise: f64, seed: u64) -> (f64, f64) {
-        let mut random = fastrand::Rng::with_seed(seed);
-        let (start, mut sizing) = (Instant::now(), Sizing::new(MIN, MAX));
-        let (mut clock, mut messages, mut latencies) = (0.0, 0.0, 0.0);
-        while clock < 75.0 {
+    /// What becomes of a window that is always full. `see` is told the clock, the window, and messages and rate of each run.
+    fn drive(
+        sizing: &mut Sizing,
+        broker: Broker,
+        noise: f64,
+        seed: u64,
+        seconds: f64,
+        mut see: impl FnMut(f64, [f64; 3]),
+    ) {
+        let (mut random, start, mut clock) = (fastrand::Rng::with_seed(seed), Instant::now(), 0.0);
+        while clock < seconds {
             let window = f64::from(sizing.now());
             // Noise comes in spells of about a turn.
             let noise = ((0..12).map(|_| random.f64()).sum::<f64>() - 6.0) * noise;
             let (rate, turn_ends) = (broker(window) * noise.exp(), sizing.turn.began.is_some());
-            let run = f64::from((sizing.now() / 4).max(1));
+            let run = (sizing.now() / 4).max(1);
             for _ in 0..10_000 {
-                clock += run / rate;
-                let now = start + Duration::from_secs_f64(clock);
-                sizing.settled(now, run as u32, sizing.now());
-                if clock > 15.0 {
-                    messages += run;
-                    latencies += run * window / rate;
-                }
+                clock += f64::from(run) / rate;
+                sizing.settled(start + Duration::from_secs_f64(clock), run, sizing.now());
+                see(clock, [window, f64::from(run), rate]);
                 if sizing.turn.began.is_some() != turn_ends || f64::from(sizing.now()) != window {
                     break;
                 }
             }
         }
+    }
+
+    /// Rate and latency over a minute, behind a quarter of one, as shares of the best of all fixed windows' rate, and of
+    /// the latency of the smallest one that reaches 95 % of it.
+    fn shares(broker: Broker, noise: f64, seed: u64) -> (f64, f64) {
+        let (mut seconds, mut messages, mut latencies) = (0.0, 0.0, 0.0);
+        drive(&mut Sizing::new(MIN, MAX), broker, noise, seed, 75.0, |clock, [window, run, rate]| {
+            if clock > 15.0 {
+                seconds += run / rate;
+                messages += run;
+                latencies += run * window / rate;
+            }
+        });
         let all = (MIN..=MAX).map(|window| broker(window.into()));
         let best = all.clone().fold(0.0, f64::max);
         let smallest = all.clone().position(|rate| rate >= 0.95 * best).unwrap() as f64 + f64::from(MIN);
-        (messages / (clock - 15.0) / best, latencies / messages / (smallest / broker(smallest)))
+        (messages / seconds / best, latencies / messages / (smallest / broker(smallest)))
     }
 
     #[test]
@@ -278,14 +297,44 @@ mod tests {
             ("that syncs", that_syncs),
             ("that chokes", that_chokes),
         ];
+        // At 5 % the noise is what the comparisons decide about, and in one run of ten wrongly for too long.
+        const RUNS: usize = 100;
         for (name, broker) in brokers {
             for noise in [0.0, 0.02, 0.05] {
-                for seed in 0..5 {
-                    let (rate, latency) = shares(broker, noise, seed);
-                    assert!(rate > 0.93, "{name}, noise {noise}, seed {seed}: {rate:.3} of the best rate");
-                    assert!(latency < 2.5, "{name}, noise {noise}, seed {seed}: {latency:.2} times the least latency");
-                }
+                let runs: Vec<(f64, f64)> = (0..RUNS as u64).map(|seed| shares(broker, noise, seed)).collect();
+                let mut latencies: Vec<f64> = runs.iter().map(|(_, latency)| *latency).collect();
+                latencies.sort_by(f64::total_cmp);
+                let (median, high) = (latencies[RUNS / 2], latencies[RUNS * 3 / 4]);
+                let rate = runs.iter().map(|(rate, _)| *rate).fold(1.0, f64::min);
+                assert!(rate > 0.93, "{name}, noise {noise}: {rate:.3} of the best rate");
+                assert!(median < 2.2, "{name}, noise {noise}: {median:.2} times the least latency, the median");
+                assert!(
+                    high < 2.5,
+                    "{name}, noise {noise}: {high:.2} times the least latency in a quarter of the runs"
+                );
             }
+        }
+    }
+
+    /// A pipe of 3,000: the last doubling was one too many, and to find that out in turns takes seconds there.
+    #[test]
+    fn a_long_pipe_is_filled_and_not_filled_twice_within_seconds() {
+        for noise in [0.0, 0.02] {
+            for seed in 0..20 {
+                let mut sizing = Sizing::new(MIN, 10_000);
+                drive(&mut sizing, far, noise, seed, 5.0, |_, _| {});
+                assert!((2700..=4200).contains(&sizing.size), "noise {noise}, seed {seed}: {}", sizing.size);
+            }
+        }
+    }
+
+    /// Half of what there is would be too little.
+    #[test]
+    fn a_bound_that_doubling_reaches_is_kept() {
+        for seed in 0..20 {
+            let mut sizing = Sizing::new(MIN, MAX);
+            drive(&mut sizing, far, 0.02, seed, 3.0, |_, _| {});
+            assert_eq!(sizing.size, MAX, "seed {seed}");
         }
     }
 
