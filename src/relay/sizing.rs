@@ -1,9 +1,9 @@
 //! How large the window is: as small as the broker's full rate allows. Pure: it is told what settled and when.
 //!
 //! In flight = rate x latency (Little's law). While the pipe is not full, a larger window buys rate; once it is, it buys
-//! only latency, memory and duplicates. So the size doubles as long as that pays, goes back by the step that did not, and
-//! then is compared, in short turns, with one twice as large and one a little smaller, for as many turns as the noise of the
-//! rates asks for. What changes nothing is tried again, later and later.
+//! only latency, memory and duplicates. So the size doubles as long as that pays, and then is compared, in short turns, with
+//! one twice as large and one a little smaller, for as many turns as the noise of the rates asks for. What changes nothing
+//! is tried again, later and later.
 //!
 //! The traps. A rate that the source sets says nothing about the window: turns in which the window was not full do not
 //! count. And what settles just after a change was published before it: each turn begins when one window has passed.
@@ -26,6 +26,9 @@ const FULL: f64 = 0.7;
 const CLIMB: f64 = 1.08;
 const CLIMB_TURNS: usize = 3;
 const CLIMB_SURE: f64 = 1.5;
+
+/// Where a window takes so long, comparing takes seconds: a doubling that did not pay is taken back at once.
+const SLOW: Duration = Duration::from_millis(50);
 
 /// Twice the size must bring more than 3 %; a smaller one may cost 1.5 %: both far below what a user sees.
 const LARGER: f64 = 1.03;
@@ -169,7 +172,8 @@ impl Sizing {
                     self.mode = Mode::Climb { best: rate, rates: Vec::new() };
                     self.size = self.size.saturating_mul(2).min(self.max);
                 } else {
-                    if !pays {
+                    let is_slow = f64::from(self.size) / rate > SLOW.as_secs_f64();
+                    if !pays && is_slow {
                         self.size = (self.size / 2).max(FIRST).clamp(self.min, self.size);
                     }
                     self.compare();
