@@ -16,6 +16,10 @@ use crate::bare::amqp::{self, short};
 pub(crate) const DATABASE: &str = "bench";
 pub(crate) const POLLED: &str = "polled";
 
+/// What RabbitMQ may use. Some hundred queues that were filled and deleted leave it with more than the tests' gigabyte, and
+/// then it blocks whoever comes next, for minutes.
+const MEMORY: &str = "6GB";
+
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -98,6 +102,7 @@ impl Arena {
     pub(crate) fn start() -> Self {
         let postgres = Postgres::start(&SETTINGS).unwrap_or_else(|error| panic!("{error}"));
         let rabbitmq = RabbitMq::start().unwrap_or_else(|error| panic!("{error}"));
+        rabbitmq.ctl(&["set_vm_memory_high_watermark", "absolute", MEMORY]).unwrap_or_else(|error| panic!("{error}"));
         let admin = Sql::open(&postgres.url());
         for database in [DATABASE, POLLED] {
             admin.run(&format!("create database {database}"));

@@ -75,11 +75,15 @@ fn main() {
     }
     let mut arena = Arena::start();
     let mut results = Results::default();
+    let part = if wanted.is_empty() { String::new() } else { format!(" PART={}", wanted.join(",")) };
+    let command = format!("make bench{part}");
+    let mut text = String::new();
     for (name, part) in parts {
         let began = Instant::now();
         part(&mut arena, &mut results);
         println!("{name} took {:.0} s", began.elapsed().as_secs_f64());
+        // A part that goes wrong ends the run; the ones before it took half an hour.
+        text = report::write(&arena, &results, &command);
     }
-    let part = if wanted.is_empty() { String::new() } else { format!(" PART={}", wanted.join(",")) };
-    report::write(&arena, &results, &format!("make bench{part}"));
+    println!("{text}");
 }

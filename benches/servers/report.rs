@@ -85,13 +85,12 @@ const TABLES: [Table; 8] = [
     },
 ];
 
-/// Writes it all below `target/bench`, and prints the tables.
-pub(crate) fn write(arena: &Arena, results: &Results, command: &str) {
+/// Writes it all below `target/bench`; returns the tables and where they are.
+pub(crate) fn write(arena: &Arena, results: &Results, command: &str) -> String {
     let directory = directory();
     let about = about(arena, command);
     let bars = bars::bars(results);
     let text = markdown(&about, results, &bars);
-    println!("\n{text}");
     put(&directory, "results.md", &text);
     put(&directory, "results.json", &format!("{:#}\n", as_json(&about, results, &bars)));
     for (name, chart) in charts(results) {
@@ -99,7 +98,7 @@ pub(crate) fn write(arena: &Arena, results: &Results, command: &str) {
             put(&directory, name, &svg);
         }
     }
-    println!("written to {}", directory.display());
+    format!("\n{text}\nwritten to {}", directory.display())
 }
 
 /// Where results go.
