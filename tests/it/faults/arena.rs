@@ -360,11 +360,24 @@ impl Round {
             let again = Consumer::of(&self.outbox, Kind::Stream);
             tokio::time::sleep(STANDSTILL).await;
             self.complaints.push(format!("a new consumer finds {} messages in the stream", again.distinct()));
+            self.logs += &self.stream_in_broker();
         }
         let marker = self.healed.as_ref().map(|healed| &healed.marker);
         if !marker.is_some_and(|marker| self.consumers.iter().all(|consumer| consumer.has(marker))) {
             self.complaints.push("the row inserted after the fault did not arrive".to_owned());
         }
+    }
+
+    /// What RabbitMQ knows of the stream: whether what was confirmed and did not come should have been there at all.
+    fn stream_in_broker(&self) -> String {
+        let stream = Kind::Stream.queue(&self.outbox);
+        let looks = [
+            format!("rabbit_stream_queue:status(<<\"/\">>, <<\"{stream}\">>)."),
+            "ets:tab2list(rabbit_durable_route).".to_owned(),
+            "ets:tab2list(rabbit_route).".to_owned(),
+        ];
+        let said = |look: &String| self.site.rabbitmq.ctl(&["eval", look]).unwrap_or_else(|error| error.to_string());
+        looks.iter().map(|look| format!("--- {look}\n{}\n", said(look))).collect()
     }
 
     /// I7: an idle slot follows the server.
