@@ -311,6 +311,8 @@ mod tests {
                 let (median, high) = (latencies[RUNS / 2], latencies[RUNS * 3 / 4]);
                 let rate = runs.iter().map(|(rate, _)| *rate).fold(1.0, f64::min);
                 assert!(rate > 0.93, "{name}, noise {noise}: {rate:.3} of the best rate");
+                let most = if noise < 0.05 { latencies[RUNS - 1] } else { high };
+                assert!(most < 2.5, "{name}, noise {noise}: {most:.2} times the least latency, the most");
                 assert!(median < 2.2, "{name}, noise {noise}: {median:.2} times the least latency, the median");
                 assert!(
                     high < 2.5,
@@ -329,6 +331,24 @@ mod tests {
                 drive(&mut sizing, far, noise, seed, 5.0, |_, _| {});
                 assert!((2700..=4200).contains(&sizing.size), "noise {noise}, seed {seed}: {}", sizing.size);
             }
+        }
+    }
+
+    /// There each doubling brings a little for long, and comparing tells quickly which was too much.
+    #[test]
+    fn near_by_the_last_doubling_is_kept_and_compared() {
+        let mut sizing = Sizing::new(MIN, MAX);
+        drive(&mut sizing, that_syncs, 0.0, 0, 1.0, |_, _| {});
+        assert_eq!((sizing.size, matches!(sizing.mode, Mode::Compare { .. })), (512, true));
+    }
+
+    #[test]
+    fn noise_that_never_clears_decides_later_to_grow_than_to_shrink() {
+        let mut pairs = Pairs::default();
+        for count in 1..=2 * PAIRS_MAX {
+            pairs.add(if count % 2 == 0 { 0.2 } else { -0.2 });
+            assert_eq!(pairs.exceeds(SMALLER).is_some(), count >= PAIRS_MAX, "{count} pairs");
+            assert_eq!(pairs.exceeds(LARGER).is_some(), count == 2 * PAIRS_MAX, "{count} pairs");
         }
     }
 
