@@ -7,7 +7,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::catalog::{Control, SERVER, UNLIMITED};
 use super::connection::{Connection, Frame, Purpose};
@@ -34,8 +34,12 @@ const INSERT: u8 = b'I';
 /// How long a clean end may take: the server answers as soon as it has read our last status.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// `object_not_in_prerequisite_state`: in a notice of a stream, a publication that is skipped.
-const SKIPPED_PUBLICATION: &str = "55000";
+/// The routine of pgoutput that says a publication is skipped. Not the SQLSTATE: a walsender that waits for a standby of
+/// `synchronized_standby_slots` warns with the same 55000, and skips nothing. And not the words, which are translated.
+const SKIPPED_PUBLICATION: &str = "LoadPublications";
+
+/// A walsender that waits for a standby says so at every turn: the same words are logged again after this long.
+const REPEAT_NOTICE: Duration = Duration::from_secs(60);
 
 /// Which server this is: positions mean something only on one system and one timeline.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +87,14 @@ pub struct Replication {
 #[derive(Debug)]
 pub struct Stream {
     connection: Connection,
+    notices: Notices,
+}
+
+/// What the server says beside the stream.
+#[derive(Debug, Default)]
+pub struct Notices {
+    /// What was logged last, and when.
+    logged: Option<(String, Instant)>,
 }
 
 impl Replication {
@@ -164,7 +176,8 @@ impl Replication {
             quoted_list(publication),
         );
         let late = Error::Timeout { during: "decoding what is next", after: ANSWER_TIMEOUT };
-        let peeking = self.connection.query_and_hear(&command, notice);
+        let mut notices = Notices::default();
+        let peeking = self.connection.query_and_hear(&command, |body| notices.hear(body));
         let rows = timeout(ANSWER_TIMEOUT, peeking).await.unwrap_or(Err(late))?;
         Ok(rows.into_iter().flatten().flatten().next().and_then(|count| count.parse().ok()).unwrap_or(0))
     }
@@ -197,12 +210,13 @@ impl Replication {
         message.push(0);
         self.connection.put(b'Q', &message);
         self.connection.flush().await?;
+        let mut notices = Notices::default();
         loop {
             let frame = self.connection.read().await?;
             match frame.tag {
-                b'W' => return Ok(Stream { connection: self.connection }),
+                b'W' => return Ok(Stream { connection: self.connection, notices }),
                 b'E' => return Err(Error::Server(ServerError::parse(frame.body))),
-                b'N' => notice(frame.body)?,
+                b'N' => notices.hear(frame.body)?,
                 b'S' => {}
                 tag => return Err(Error::Protocol(format!("message {:?} before the stream", char::from(tag)))),
             }
@@ -218,7 +232,7 @@ impl Stream {
     pub async fn next(&mut self) -> Result<Event, Error> {
         loop {
             let Some(frame) = self.connection.read_part().await? else { return Ok(Event::Part) };
-            if let Some(event) = event(frame)? {
+            if let Some(event) = event(frame, &mut self.notices)? {
                 return Ok(event);
             }
         }
@@ -267,10 +281,10 @@ fn parted(history: &str, left: u32) -> Option<Lsn> {
 ///
 /// # Errors
 /// See [`Stream::next`].
-pub fn event(frame: Frame) -> Result<Option<Event>, Error> {
+pub fn event(frame: Frame, notices: &mut Notices) -> Result<Option<Event>, Error> {
     match frame.tag {
         b'd' => copy_data(frame.body).map(Some),
-        b'N' => notice(frame.body).map(|()| None),
+        b'N' => notices.hear(frame.body).map(|()| None),
         b'S' => Ok(None),
         b'E' => Err(Error::Server(ServerError::parse(frame.body))),
         // The server stops: CopyDone, or the command's completion.
@@ -298,13 +312,19 @@ fn copy_data(mut body: Bytes) -> Result<Event, Error> {
     }
 }
 
-fn notice(body: Bytes) -> Result<(), Error> {
-    let notice = ServerError::parse(body);
-    if notice.code() == SKIPPED_PUBLICATION {
-        return Err(Error::PublicationSkipped(notice));
+impl Notices {
+    fn hear(&mut self, body: Bytes) -> Result<(), Error> {
+        let notice = ServerError::parse(body);
+        if notice.field(b'R') == Some(SKIPPED_PUBLICATION) {
+            return Err(Error::PublicationSkipped(notice));
+        }
+        let text = notice.plain();
+        if self.logged.as_ref().is_none_or(|(last, at)| *last != text || at.elapsed() > REPEAT_NOTICE) {
+            tracing::warn!("Postgres says: {text}");
+            self.logged = Some((text, Instant::now()));
+        }
+        Ok(())
     }
-    tracing::warn!(code = notice.code(), "Postgres says: {}", notice.message());
-    Ok(())
 }
 
 fn encode(status: Status) -> [u8; 34] {
@@ -371,10 +391,13 @@ mod tests {
     }
 
     #[test]
-    fn a_skipped_publication_is_an_error_and_other_notices_are_not() {
-        let frame = |code: &str| Frame { tag: b'N', body: Bytes::from(format!("SWARNING\0C{code}\0Mskipped\0\0")) };
-        assert!(matches!(event(frame("55000")), Err(Error::PublicationSkipped(_))));
-        assert!(matches!(event(frame("01000")), Ok(None)));
+    fn a_skipped_publication_is_an_error_and_a_standby_that_is_waited_for_is_not() {
+        let heard = |routine: &str| {
+            let body = Bytes::from(format!("SWARNING\0C55000\0Mwords\0R{routine}\0\0"));
+            event(Frame { tag: b'N', body }, &mut Notices::default())
+        };
+        assert!(matches!(heard("LoadPublications"), Err(Error::PublicationSkipped(_))));
+        assert!(matches!(heard("StandbySlotsHaveCaughtup"), Ok(None)));
     }
 
     #[test]

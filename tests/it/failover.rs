@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::support::failover::{Pair, lagging_standby, synced_standby};
 use crate::support::relay::Relay;
-use crate::support::{connect, eventually, postgres_bin};
+use crate::support::{PATIENCE, connect, eventually, postgres_bin};
 
 async fn each(version: u32) {
     let bin = postgres_bin(version);
@@ -32,6 +32,33 @@ async fn postgres_17_fails_over_to_a_synced_and_to_a_lagging_standby() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_18_fails_over_to_a_synced_and_to_a_lagging_standby() {
     each(18).await;
+}
+
+/// Postgres says that it waits by a warning of the SQLSTATE of a skipped publication.
+async fn waits_for_its_standby(version: u32) {
+    let mut pair = Pair::start(&postgres_bin(version), true, true).await;
+    let relay = Relay::start(&pair.outbox);
+    relay.ready().await;
+    pair.insert(1).await;
+    pair.consumer.wait_distinct(1).await;
+    pair.standby.stop("fast", PATIENCE).unwrap();
+    pair.insert(3).await;
+    eventually("it is said what is waited for", || async { relay.log().contains("does not have active_pid") }).await;
+    assert_eq!(pair.consumer.received().len(), 1);
+    pair.standby.start_again().unwrap();
+    pair.consumer.wait_distinct(4).await;
+    assert!(!relay.log().contains("skips rows"), "{}", relay.log());
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_waits_while_a_synchronized_standby_of_postgres_17_is_away() {
+    waits_for_its_standby(17).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_waits_while_a_synchronized_standby_of_postgres_18_is_away() {
+    waits_for_its_standby(18).await;
 }
 
 /// A relay that has delivered one row, then a standby that has it too is promoted, and the old primary still runs.

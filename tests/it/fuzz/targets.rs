@@ -12,7 +12,7 @@ use pgoutbox::outbox::{Assembler, ColumnNames, Item, Mapping, Position, Tables, 
 use pgoutbox::pg::Settings;
 use pgoutbox::pg::connection::{FRAME_BYTES_MAX, Frame, take_frame};
 use pgoutbox::pg::pgoutput::{self, Message, Value};
-use pgoutbox::pg::replication::{self, Event};
+use pgoutbox::pg::replication::{self, Event, Notices};
 use pgoutbox::sink::rabbitmq::{Address, Files};
 
 /// A decoder and what must hold of it.
@@ -53,7 +53,7 @@ pub(super) fn frames(data: &[u8]) {
     assert_eq!(whole, all_frames(data.chunks(7)));
     for frame in whole.0 {
         let length = frame.body.len();
-        if let Ok(Some(Event::Data(bytes))) = replication::event(frame) {
+        if let Ok(Some(Event::Data(bytes))) = replication::event(frame, &mut Notices::default()) {
             assert_eq!(bytes.len() + 25, length);
         }
     }

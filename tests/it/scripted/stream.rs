@@ -234,7 +234,8 @@ case!(the_end_of_the_copy_is_the_end_of_the_session, async {
 
 case!(a_publication_that_is_skipped_stops_the_relay, async {
     let text = "skipped loading publication \"pgoutbox\"";
-    let case = instead_of_a_stream(move |_| message(b'N', &fields("WARNING", "55000", text))).await;
+    let warning = format!("SWARNING\0VWARNING\0C55000\0M{text}\0RLoadPublications\0\0").into_bytes();
+    let case = instead_of_a_stream(move |_| message(b'N', &warning)).await;
     case.stops(78, &["Postgres skips rows", text, "Remedy"]).await;
 });
 
