@@ -9,7 +9,7 @@ create role pgoutbox_relay login replication;
 -- \password pgoutbox_setup
 -- \password pgoutbox_relay
 grant connect, create on database {database} to pgoutbox_setup;
-grant usage, create on schema {schema} to pgoutbox_setup;
+{create_schema}grant usage, create on schema {schema} to pgoutbox_setup;
 grant connect on database {database} to pgoutbox_relay;
 -- A table that exists already has an owner, and only the owner can publish it. Leave out its statement below, and:
 --   grant <owner> to pgoutbox_setup;

@@ -145,7 +145,7 @@ fn relay(error: &relay::Error) -> ExitCode {
 
 fn postgres(error: &pg::Error) -> ExitCode {
     match error {
-        pg::Error::Server(server) if server.is_oversized_row() => ExitCode::Row,
+        pg::Error::Server(server) if server.is_undecodable_row() => ExitCode::Row,
         pg::Error::World(_)
         | pg::Error::PublicationSkipped(_)
         | pg::Error::Server(_)

@@ -7,7 +7,6 @@ use std::io::{BufRead, IsTerminal};
 use super::{say, write_out};
 use crate::config::Config;
 use crate::error::Error;
-use crate::pg;
 use crate::pg::catalog::Control;
 use crate::pg::replication::Replication;
 use crate::pg::world::{Slot, World, identifier, literal};
@@ -30,6 +29,9 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
         let text = format!("slot {} is in use (walsender {pid}). Remedy: stop the relay first", names.slot);
         return Err(Error::Found(text));
     }
+    if let Some(slot) = &world.slot {
+        ours(slot, &names.slot, &world)?;
+    }
     if world.slot.is_none() && world.publication.is_none() {
         let (slot, publication) = (&names.slot, &names.publication);
         return say(&format!("neither slot {slot} nor publication {publication} exists: nothing to drop"));
@@ -42,18 +44,35 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     if !arguments.yes && !confirmed()? {
         return say("nothing changed");
     }
-    let client = control.client();
     if world.slot.is_some() {
         let sql = format!("select pg_catalog.pg_drop_replication_slot({})", literal(&names.slot));
-        client.batch_execute(&sql).await.map_err(pg::Error::from)?;
+        control.change(&sql).await?;
         say(&format!("slot {} dropped", names.slot))?;
     }
     if world.publication.is_some() {
         let sql = format!("drop publication {}", identifier(&names.publication));
-        client.batch_execute(&sql).await.map_err(pg::Error::from)?;
+        control.change(&sql).await?;
         say(&format!("publication {} dropped", names.publication))?;
     }
     Ok(())
+}
+
+/// Slots belong to a cluster, and their names are few: one that is somebody else's is not ours to remove. Postgres would.
+fn ours(slot: &Slot, name: &str, world: &World) -> Result<(), Error> {
+    let found = |whose: String| {
+        let text = format!(
+            "slot {name} {whose}: it is not the slot of an outbox in {}. Nothing changed. Remedy: see whose it is before \
+             you drop it: SELECT * FROM pg_replication_slots;",
+            world.database
+        );
+        Err(Error::Found(text))
+    };
+    match (&slot.plugin, &slot.database) {
+        (None, _) => found("is physical".to_owned()),
+        (Some(plugin), _) if plugin != "pgoutput" => found(format!("uses the plugin {plugin}, not pgoutput")),
+        (_, Some(database)) if *database != world.database => found(format!("belongs to database {database}")),
+        _ => Ok(()),
+    }
 }
 
 /// What would be lost, and what would not.
@@ -65,7 +84,7 @@ async fn tell(config: &Config, control: &Control, world: &World) -> Result<(), E
             "slot {} stands at {}: rows committed in the {behind} bytes of WAL since then will never be published; {}",
             names.slot,
             slot.confirmed,
-            waiting(config, control, slot).await
+            waiting(config, control).await
         ))?;
         say("a slot that is made later begins where WAL is then: what is committed in between is not in its stream")?;
     }
@@ -76,10 +95,7 @@ async fn tell(config: &Config, control: &Control, world: &World) -> Result<(), E
 }
 
 /// How many rows wait there, as far as that can be told.
-async fn waiting(config: &Config, control: &Control, slot: &Slot) -> String {
-    if slot.plugin.as_deref() != Some("pgoutput") {
-        return "they cannot be counted".to_owned();
-    }
+async fn waiting(config: &Config, control: &Control) -> String {
     let names = &config.names;
     let counting = async {
         let mut replication = Replication::open(control, &config.postgres).await?;

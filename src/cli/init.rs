@@ -60,7 +60,7 @@ impl Creation<'_> {
         if exists {
             return say(&format!("{kind} {name} is there"));
         }
-        let creating = self.control.client().batch_execute(sql);
+        let creating = self.control.change(sql);
         let mut creating = std::pin::pin!(creating);
         let result = tokio::select! {
             biased;
@@ -72,7 +72,7 @@ impl Creation<'_> {
                 creating.await
             }
         };
-        match result.map_err(pg::Error::from) {
+        match result {
             Ok(()) => say(&format!("{kind} {name} created")),
             Err(pg::Error::Server(error)) => {
                 let problem = format!("{kind} {name} cannot be made: {}", error.plain());
@@ -125,6 +125,8 @@ impl Sql {
                 .replace("{schema}", &identifier(&names.schema))
                 .replace("{publication}", &identifier(&names.publication))
                 .replace("{slot_literal}", &literal(&names.slot))
+                .replace("{publication_literal}", &literal(&names.publication))
+                .replace("{create_schema}", &create_schema(&names.schema))
                 .replace("{database}", &identifier(&config.postgres.database))
                 .replace("{hba_database}", &hba_name(&config.postgres.database).replace(['\n', '\r'], " "))
         };
@@ -142,6 +144,12 @@ impl Sql {
         let set_up = [SET_UP, &self.table, &self.publication, "commit;\n", &self.slot];
         format!("{}\n{}reset role;\n{}", self.roles, set_up.map(|part| format!("{part}\n")).concat(), self.rabbitmq)
     }
+}
+
+/// A schema of one's own; `public` is there, or was taken away with good reason.
+fn create_schema(schema: &str) -> String {
+    let schema = identifier(schema);
+    if schema == "public" { String::new() } else { format!("create schema if not exists {schema};\n") }
 }
 
 /// Comments: what the user of RabbitMQ may do is not said in SQL.

@@ -114,7 +114,8 @@ impl Circumstances {
         if slot.failover != Some(true) {
             let problem = format!("it is not kept on standbys, and there are some: {listed}");
             let command = format!("ALTER_REPLICATION_SLOT {} (FAILOVER true);", names.slot);
-            let conninfo = format!("dbname={} replication=database", world.database);
+            let database = world.database.replace('\\', r"\\").replace('\'', r"\'");
+            let conninfo = format!("dbname='{database}' replication=database");
             let remedy = Remedy::shell(format!("psql -d {} -c {}", word(&conninfo), word(&command)))
                 .mind("While no relay holds it. The standby needs sync_replication_slots");
             return Some(Look::note(what, problem, remedy));

@@ -19,7 +19,8 @@ use super::settings::Settings;
 use super::world::{Names, Publication, Published, Slot, Table, World};
 use crate::lsn::Lsn;
 
-/// Catalog queries answer in milliseconds; one that does not is a peer that is not there.
+/// Catalog queries answer in milliseconds; one that does not is a peer that is not there. The server gives up before, see
+/// `connection::PATIENCE`.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// PostgreSQL 15: column lists and row filters of publications.
@@ -95,9 +96,18 @@ impl Control {
         Ok(self.one(SERVER, &[]).await?.try_get(0)?)
     }
 
-    /// The client, for verbs that change things.
+    /// The client, for more than looking.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Changes something, which may wait for others' transactions as long as they take.
+    ///
+    /// # Errors
+    /// Of the connection, or the server's.
+    pub async fn change(&self, sql: &str) -> Result<(), Error> {
+        self.client.batch_execute("set lock_timeout = 0; set statement_timeout = 0").await?;
+        Ok(self.client.batch_execute(sql).await?)
     }
 
     /// Resolves when the connection ends, with the reason. A stopping server ends it at once, whatever its walsenders
@@ -209,7 +219,13 @@ impl Control {
             from pg_catalog.pg_publication where pubname = $1";
         let rows = self.all(publications, &[&name]).await?;
         let Some(row) = rows.first() else { return Ok(None) };
-        let filters = if version >= VERSION_WITH_FILTERS { "p.attnames::text[], p.rowfilter" } else { "null, null" };
+        // PostgreSQL 15 brought publications of whole schemas as well.
+        let filters = if version >= VERSION_WITH_FILTERS {
+            "p.attnames::text[], p.rowfilter, exists (select from pg_catalog.pg_publication_namespace s \
+             join pg_catalog.pg_publication b on b.oid = s.pnpubid where s.pnnspid = n.oid and b.pubname = p.pubname)"
+        } else {
+            "null, null, false"
+        };
         let tables = format!(
             "select c.oid, pg_catalog.format('%I.%I', p.schemaname, p.tablename), \
              exists (select from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication b on b.oid = r.prpubid \
@@ -223,6 +239,7 @@ impl Control {
                 oid: row.try_get(0)?,
                 name: row.try_get(1)?,
                 is_member: row.try_get(2)?,
+                is_by_schema: row.try_get(5)?,
                 columns: if with_filters { row.try_get(3)? } else { None },
                 row_filter: if with_filters { row.try_get(4)? } else { None },
             })
@@ -262,6 +279,15 @@ impl Control {
                 &[&oid],
             )
             .await?;
+        let heirs = self
+            .all(
+                "select pg_catalog.format('%I.%I', n.nspname, c.relname) from pg_catalog.pg_inherits i \
+                 join pg_catalog.pg_class c on c.oid = i.inhrelid \
+                 join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+                 where i.inhparent = $1 and not c.relispartition order by 1",
+                &[&oid],
+            )
+            .await?;
         let mut table = Table {
             oid,
             owner: row.try_get(4)?,
@@ -269,6 +295,7 @@ impl Control {
             columns: columns.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, Error>>()?,
             leaves: Vec::new(),
             family: vec![oid],
+            heirs: heirs.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<_, Error>>()?,
             unlogged: Vec::new(),
         };
         if table.kind == "r" {

@@ -37,7 +37,14 @@ const READ_BYTES_MIN: usize = 8 * 1024;
 /// Session settings that decide how a row looks as text, pinned against `ALTER ROLE ... SET` and `ALTER DATABASE ... SET`.
 /// `client_min_messages`: PostgreSQL 18 says only by a warning that it skips a publication.
 const PINNED: &str = "-c datestyle=ISO -c intervalstyle=postgres -c bytea_output=hex -c extra_float_digits=1 \
-    -c timezone=UTC -c client_min_messages=warning -c statement_timeout=0 -c lock_timeout=0";
+    -c timezone=UTC -c client_min_messages=warning";
+
+/// The trap: the catalog's functions lock the tables they tell of, so a look waits behind `VACUUM FULL`, and a client that
+/// gives up leaves its backend waiting there; the next attempt leaves one more. So the server gives up first.
+const PATIENCE: &str = "-c lock_timeout=2s -c statement_timeout=8s";
+
+/// A walsender decodes what may be large, and waits for nothing but WAL.
+const NO_HURRY: &str = "-c lock_timeout=0 -c statement_timeout=0";
 
 /// One protocol message, without its length.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,7 +151,9 @@ impl Connection {
             password_from: None,
         };
         let mut connection = Self::over(socket);
-        let options = settings.options.iter().map(String::as_str).chain([PINNED]).collect::<Vec<_>>().join(" ");
+        let limits = if purpose == Purpose::Sql { PATIENCE } else { NO_HURRY };
+        let options = settings.options.iter().map(String::as_str).chain([PINNED, limits]);
+        let options = options.collect::<Vec<_>>().join(" ");
         let mut parameters = vec![
             ("user", settings.user.as_str()),
             ("database", settings.database.as_str()),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use super::service;
 
 /// Keywords of libpq, and the environment variable of each. `_`: accepted, and without effect here.
-const KEYWORDS: [(&str, &str); 50] = [
+const KEYWORDS: [(&str, &str); 49] = [
     ("host", "PGHOST"),
     ("hostaddr", "PGHOSTADDR"),
     ("port", "PGPORT"),
@@ -31,7 +31,6 @@ const KEYWORDS: [(&str, &str); 50] = [
     ("keepalives_count", ""),
     ("tcp_user_timeout", ""),
     ("sslmode", "PGSSLMODE"),
-    ("requiressl", "PGREQUIRESSL"),
     ("sslnegotiation", "PGSSLNEGOTIATION"),
     ("sslcompression", "PGSSLCOMPRESSION"),
     ("sslcert", "PGSSLCERT"),
@@ -87,6 +86,11 @@ impl Values {
 
     /// Stores a value under libpq's own name of the keyword; false when there is no such keyword.
     pub(super) fn set(&mut self, keyword: &str, value: String) -> bool {
+        // libpq's old name for the two modes there were.
+        if keyword == "requiressl" {
+            let mode = if value.starts_with('1') { "require" } else { "prefer" };
+            return self.set("sslmode", mode.to_owned());
+        }
         let known = KEYWORDS.iter().find(|(name, _)| *name == keyword);
         known.map(|(name, _)| self.0.insert(name, value)).is_some()
     }
@@ -109,7 +113,7 @@ pub(super) fn read(text: &str, variable: &impl Fn(&str) -> Option<String>) -> Re
     // Superseded in 1.7.4's days, and read to this day: PGREQUIRESSL=1 is sslmode=require.
     if values.get("sslmode").is_none()
         && variable("PGSSLMODE").is_none()
-        && variable("PGREQUIRESSL").as_deref() == Some("1")
+        && variable("PGREQUIRESSL").is_some_and(|value| value.starts_with('1'))
     {
         values.set_if_missing("sslmode", "require".to_owned());
     }
@@ -194,6 +198,8 @@ fn url(rest: &str) -> Result<Values, String> {
     let (hosts, database) = place.split_once('/').map_or((place, ""), |both| both);
     url_hosts(&mut values, hosts)?;
     set_decoded(&mut values, "dbname", database)?;
+    // One that ends with `?` or `&` is taken by libpq.
+    let query = query.map(|query| query.strip_suffix('&').unwrap_or(query)).filter(|query| !query.is_empty());
     for (index, parameter) in query.into_iter().flat_map(|query| query.split('&')).enumerate() {
         let (keyword, value) =
             parameter.split_once('=').ok_or_else(|| format!("URL parameter {} has no `=`", index + 1))?;
@@ -284,6 +290,10 @@ mod tests {
                 "postgresql:///mydb?host=localhost&port=5433",
                 &[("dbname", "mydb"), ("host", "localhost"), ("port", "5433")],
             ),
+            ("postgresql://h/d?", &[("dbname", "d"), ("host", "h")]),
+            ("postgresql://h/d?port=1&", &[("dbname", "d"), ("host", "h"), ("port", "1")]),
+            ("postgresql://h?requiressl=1", &[("host", "h"), ("sslmode", "require")]),
+            ("postgresql://h?requiressl=0", &[("host", "h"), ("sslmode", "prefer")]),
             ("postgresql://h1:123,h2:456/x", &[("dbname", "x"), ("host", "h1,h2"), ("port", "123,456")]),
             ("postgresql://h1,h2:456/x", &[("dbname", "x"), ("host", "h1,h2"), ("port", ",456")]),
             ("postgresql://[2001:db8::1234]/database", &[("dbname", "database"), ("host", "2001:db8::1234")]),

@@ -184,16 +184,27 @@ impl ServerError {
         text
     }
 
-    /// A row whose text form exceeds what Postgres can allocate jams its slot for ever.
-    pub fn is_oversized_row(&self) -> bool {
-        self.code() == "XX000" && self.message().contains("invalid memory alloc request size")
+    /// A row whose text form exceeds what Postgres can allocate, by one column or by all together, or that has no form in
+    /// UTF-8, jams its slot for ever.
+    pub fn is_undecodable_row(&self) -> bool {
+        match self.code() {
+            "XX000" => self.message().contains("invalid memory alloc request size"),
+            "54000" => self.field(b'R') == Some("enlargeStringInfo"),
+            "22P05" | "22021" => true,
+            _ => false,
+        }
+    }
+
+    /// The server did not get to an answer in the time it was given, mostly for a lock that others hold.
+    pub fn is_late(&self) -> bool {
+        matches!(self.code(), "55P03" | "57014")
     }
 
     fn retry(&self) -> Retry {
         match self.code() {
             // Slot or publication missing, privilege missing, database missing, WAL removed, bad name or syntax.
             "42704" | "42501" | "3D000" | "58P01" | "42602" | "42601" => Retry::Never,
-            _ if self.is_oversized_row() => Retry::Never,
+            _ if self.is_undecodable_row() => Retry::Never,
             _ => Retry::Later,
         }
     }
@@ -324,7 +335,7 @@ mod tests {
         assert_eq!(Error::Server(server("55006", "active")).retry(), Retry::Later);
         assert_eq!(Error::Server(server("42704", "does not exist")).retry(), Retry::Never);
         let jam = server("XX000", "invalid memory alloc request size 1153433603");
-        assert!(jam.is_oversized_row());
+        assert!(jam.is_undecodable_row());
         assert_eq!(Error::Server(jam).retry(), Retry::Never);
         assert_eq!(Error::Closed.retry(), Retry::Later);
     }

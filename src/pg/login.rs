@@ -18,8 +18,8 @@ use super::error::{Attempt, Error, ServerError};
 use super::settings::{Password, Settings};
 use super::tls;
 
-/// PostgreSQL's default is 4096.
-const ITERATIONS_MAX: u64 = 1_000_000;
+/// PostgreSQL's default is 4096; more than this is more than postgres-protocol computes.
+const ITERATIONS_MAX: u64 = 100_000;
 
 /// What a server may ask for.
 #[derive(Clone, Debug)]
@@ -313,7 +313,10 @@ fn bound_iterations(challenge: &[u8]) -> Result<(), String> {
     let rounds = text.split(',').find_map(|part| part.strip_prefix("i=")).and_then(|digits| digits.parse::<u64>().ok());
     match rounds {
         Some(rounds) if rounds <= ITERATIONS_MAX => Ok(()),
-        _ => Err(format!("the server asks for more than {ITERATIONS_MAX} SCRAM iterations")),
+        _ => Err(format!(
+            "the server asks for more than {ITERATIONS_MAX} SCRAM iterations. Remedy: where that is how the password was set, \
+             SET scram_iterations = {ITERATIONS_MAX} and set it again"
+        )),
     }
 }
 
@@ -324,6 +327,15 @@ mod tests {
     #[test]
     fn too_many_scram_rounds_are_refused() {
         assert!(bound_iterations(b"r=x,s=y,i=4096").is_ok());
+        // What we let through, the library computes.
+        let client = || sasl::ScramSha256::new(b"secret", sasl::ChannelBinding::unsupported());
+        for (rounds, is_taken) in [(ITERATIONS_MAX, true), (ITERATIONS_MAX + 1, false)] {
+            let mut scram = client();
+            let nonce = String::from_utf8_lossy(scram.message()).rsplit("r=").next().unwrap_or_default().to_owned();
+            let challenge = format!("r={nonce}x,s=c2FsdA==,i={rounds}");
+            assert_eq!(bound_iterations(challenge.as_bytes()).is_ok(), is_taken, "{rounds}");
+            assert_eq!(scram.update(challenge.as_bytes()).is_ok(), is_taken, "{rounds}");
+        }
         assert!(bound_iterations(b"r=x,s=y,i=2000000000").is_err());
         assert!(bound_iterations(b"r=x,s=y").is_err());
     }

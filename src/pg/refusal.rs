@@ -28,7 +28,18 @@ pub(super) fn login(attempt: &Attempt, error: &ServerError) -> Remedy {
         "28000" if error.message().contains("does not exist") => {
             Remedy::sql(format!("CREATE ROLE {role} LOGIN REPLICATION")).mind("Or check the user in postgres.url")
         }
-        "28000" => Remedy::sql(format!("ALTER ROLE {role} LOGIN")),
+        "28000" if error.field(b'R') == Some("InitializeSessionUserId") || error.message().contains("to log in") => {
+            Remedy::sql(format!("ALTER ROLE {role} LOGIN"))
+        }
+        "28000" if error.message().starts_with("Peer") => Remedy::act(format!(
+            "run as the system user {user}, map yours to it in pg_ident.conf, or connect by host name and with a password"
+        )),
+        "28000" if error.message().contains("certificate") => {
+            Remedy::act("give a certificate of this role's: sslcert and sslkey in postgres.url")
+        }
+        "28000" => {
+            Remedy::act("see the server's log and pg_hba.conf: another way to log in is asked for than this one")
+        }
         "42501" if by_database || error.message().contains("for database") => {
             Remedy::sql(format!("GRANT CONNECT ON DATABASE {shop} TO {role}"))
         }
@@ -103,7 +114,10 @@ pub(super) fn session(error: &ServerError) -> Option<Remedy> {
         "3D000" => Remedy::act("check the database in postgres.url"),
         "55006" => Remedy::act("another relay or a dead connection holds the slot; this one waits for it"),
         "53300" => too_many(error, None),
-        "53400" => raise("max_replication_slots", MORE),
+        // The server does not say how many there are, and a number from nowhere may lie below that: it would not start again.
+        "53400" => Remedy::act(
+            "raise max_replication_slots above what SHOW max_replication_slots says (standbys first), and restart PostgreSQL",
+        ),
         "58P01" => {
             Remedy::act("the slot's WAL is gone: reconcile from the table, then drop the slot and run `pgoutbox init`")
         }
@@ -111,8 +125,8 @@ pub(super) fn session(error: &ServerError) -> Option<Remedy> {
             "the publication did not exist for a part of the write-ahead log that is still to be read (creating it now \
              does not help): reconcile from the table, then drop the slot and run `pgoutbox init`",
         ),
-        "XX000" if error.is_oversized_row() => Remedy::act(
-            "a row's text form exceeds 1 GB and can never be decoded: skip its transaction with \
+        _ if error.is_undecodable_row() => Remedy::act(
+            "a row can never be sent, since its text form exceeds 1 GB or is no UTF-8: skip its transaction with \
              pg_replication_slot_advance, after saving what it holds",
         ),
         _ => return None,
@@ -146,6 +160,7 @@ mod tests {
             ("28P01", "password authentication failed", "auth_failed", r#"\password "Relay""#),
             ("28000", "role \"Relay\" does not exist", "", "CREATE ROLE \"Relay\" LOGIN REPLICATION;"),
             ("28000", "role \"Relay\" is not permitted to log in", "", "ALTER ROLE \"Relay\" LOGIN;"),
+            ("28000", "le rôle ne peut pas se connecter", "InitializeSessionUserId", "ALTER ROLE \"Relay\" LOGIN;"),
             ("42501", "permission denied for database \"shop\"", "", "GRANT CONNECT ON DATABASE shop TO \"Relay\";"),
             ("42501", "droit refusé", "CheckMyDatabase", "GRANT CONNECT ON DATABASE shop TO \"Relay\";"),
             ("42501", "permission denied to start WAL sender", "", "ALTER ROLE \"Relay\" REPLICATION;"),
@@ -155,6 +170,18 @@ mod tests {
             ("53300", "exceeds max_wal_senders (currently 5)", "", "ALTER SYSTEM SET max_wal_senders = 15;"),
         ] {
             assert_eq!(mends(code, message, routine), step);
+        }
+    }
+
+    #[test]
+    fn a_login_that_another_way_would_pass_is_not_answered_by_rights() {
+        for (message, routine, mends_it) in [
+            ("Peer authentication failed for user \"Relay\"", "auth_failed", "run as the system user Relay"),
+            ("connection requires a valid client certificate", "ClientAuthentication", "sslcert and sslkey"),
+            ("Ident authentication failed for user \"Relay\"", "auth_failed", "another way to log in"),
+        ] {
+            let step = mends("28000", message, routine);
+            assert!(step.contains(mends_it) && !step.contains("ALTER"), "{step}");
         }
     }
 

@@ -159,7 +159,7 @@ impl Settings {
         // address without a name, which the manual lets go by itself.
         let names = match host.name.as_str() {
             "" => [address.as_str(), "localhost"],
-            name if SOCKET_DIRECTORIES.contains(&name) => ["localhost", "localhost"],
+            name if SOCKET_DIRECTORIES.contains(&name) => ["localhost", name],
             name => [name, name],
         };
         let (port, database, user) = (host.port, self.database.as_str(), self.user.as_str());

@@ -135,6 +135,8 @@ pub struct Published {
     pub name: String,
     /// Whether the publication names it, as opposed to its schema or its partitioned table.
     pub is_member: bool,
+    /// Whether the publication names its schema.
+    pub is_by_schema: bool,
     /// Its column list, where the server has such.
     pub columns: Option<Vec<String>>,
     /// Its row filter.
@@ -156,6 +158,8 @@ pub struct Table {
     pub leaves: Vec<u32>,
     /// Every OID under which its rows may be announced: itself, its partitions and theirs.
     pub family: Vec<u32>,
+    /// Tables that inherit from it and are no partitions: schema and name, quoted.
+    pub heirs: Vec<String>,
     /// Those of the tables that hold its rows and are unlogged: schema and name, quoted.
     pub unlogged: Vec<String>,
 }
@@ -257,7 +261,17 @@ impl World {
             let remedy = Remedy::sql(format!("ALTER TABLE {unlogged} SET LOGGED"));
             Finding::new(format!("table {unlogged} is unlogged: its rows are not in the write-ahead log"), remedy)
         };
-        table.unlogged.iter().map(logged).collect()
+        let disowned = |heir: &String| {
+            let problem = format!(
+                "table {heir} inherits from {name}: its rows are rows of {name} to a query, and to a publication those of \
+                 another table, so they would pass by"
+            );
+            let remedy = Remedy::sql(format!("ALTER TABLE {heir} NO INHERIT {name}")).mind(
+                "Its rows are not in the stream: reconcile them from the table. To divide an outbox, partition it",
+            );
+            Finding::new(problem, remedy)
+        };
+        table.unlogged.iter().map(logged).chain(table.heirs.iter().map(disowned)).collect()
     }
 
     fn missing_table(&self, names: &Names) -> Remedy {
@@ -304,11 +318,32 @@ impl World {
         let announced = if publication.via_root { vec![table.oid] } else { table.leaves.clone() };
         let covering: Vec<&Published> =
             publication.tables.iter().filter(|published| announced.contains(&published.oid)).collect();
+        let is_divided = table.kind == "p" && !publication.via_root;
+        let has_named_parts = is_divided && covering.iter().any(|published| published.is_member);
         if covering.len() < announced.len() {
-            let add = format!("ALTER PUBLICATION {publication_name} ADD TABLE {table_name}");
-            let remedy =
-                Remedy::sql(add).mind("Rows inserted before that are not in the stream: reconcile them from the table");
+            let add = if has_named_parts {
+                self.republish(names)
+            } else {
+                Remedy::sql(format!("ALTER PUBLICATION {publication_name} ADD TABLE {table_name}"))
+            };
+            let remedy = add.mind("Rows inserted before that are not in the stream: reconcile them from the table");
             let problem = format!("publication {} does not cover table {table_name}", names.publication);
+            findings.push(Finding::new(problem, remedy));
+        } else if has_named_parts
+            || is_divided && (publication.all_tables || covering.iter().any(|published| published.is_by_schema))
+        {
+            // Then nothing tells its rows from those of any other table.
+            let problem = format!(
+                "publication {} publishes partitions of {table_name} as tables of their own: one that is detached stays in \
+                 it, and its rows that were not read yet would pass by",
+                names.publication
+            );
+            let via_root = format!("ALTER PUBLICATION {publication_name} SET (publish_via_partition_root = true)");
+            let remedy = if has_named_parts {
+                self.republish(names)
+            } else {
+                Remedy::sql(via_root).mind("Or give the outbox a publication of its own")
+            };
             findings.push(Finding::new(problem, remedy));
         }
         if covering.iter().any(|published| published.row_filter.is_some()) {
@@ -444,13 +479,21 @@ mod tests {
                 columns: vec![("id".to_owned(), 2950), ("note".to_owned(), 25)],
                 leaves: vec![7],
                 family: vec![7],
+                heirs: Vec::new(),
                 unlogged: Vec::new(),
             }),
         }
     }
 
     fn published(oid: u32) -> Published {
-        Published { oid, name: format!("public.t{oid}"), is_member: true, columns: None, row_filter: None }
+        Published {
+            oid,
+            name: format!("public.t{oid}"),
+            is_member: true,
+            is_by_schema: false,
+            columns: None,
+            row_filter: None,
+        }
     }
 
     #[test]
@@ -462,7 +505,7 @@ mod tests {
 
     #[test]
     fn every_broken_thing_is_named_with_its_remedy() {
-        let breaks: [(&str, Break); 16] = [
+        let breaks: [(&str, Break); 17] = [
             ("wal_level is replica", |world| world.wal_level = "replica".to_owned()),
             ("may not replicate", |world| world.may_replicate = false),
             ("slot pgoutbox does not exist", |world| world.slot = None),
@@ -482,6 +525,9 @@ mod tests {
             ("is a view, not a table", |world| world.table.as_mut().unwrap().kind = "v".to_owned()),
             ("public.outbox is unlogged", |world| {
                 world.table.as_mut().unwrap().unlogged = vec!["public.outbox".to_owned()];
+            }),
+            ("table public.old inherits from public.outbox", |world| {
+                world.table.as_mut().unwrap().heirs = vec!["public.old".to_owned()];
             }),
             ("table public.outbox does not exist", |world| world.table = None),
             ("by a row filter", |world| {
@@ -544,6 +590,37 @@ mod tests {
         publication.via_root = false;
         publication.tables = vec![published(8)];
         assert_eq!(world.findings(&names()).len(), 1);
+    }
+
+    #[test]
+    fn partitions_that_stay_published_when_they_are_detached_are_found() {
+        type Publish = fn(&mut Publication);
+        let ways: [(Publish, &[&str]); 5] = [
+            (|_| {}, &[]),
+            (|publication| publication.via_root = true, &[]),
+            (|p| p.all_tables = true, &["ALTER PUBLICATION pgoutbox SET (publish_via_partition_root = true);"]),
+            (
+                |p| p.tables[1].is_by_schema = true,
+                &["ALTER PUBLICATION pgoutbox SET (publish_via_partition_root = true);"],
+            ),
+            (|p| p.tables[1].is_member = true, &["ALTER PUBLICATION pgoutbox SET TABLE public.outbox;"]),
+        ];
+        for (number, (publish, mends)) in ways.into_iter().enumerate() {
+            let mut world = sound();
+            let table = world.table.as_mut().unwrap();
+            (table.kind, table.leaves, table.family) = ("p".to_owned(), vec![8, 9], vec![7, 8, 9]);
+            let publication = world.publication.as_mut().unwrap();
+            publication.via_root = false;
+            let by_root = |oid| Published { is_member: false, ..published(oid) };
+            publication.tables = vec![by_root(8), by_root(9)];
+            publish(publication);
+            if publication.via_root {
+                publication.tables = vec![published(7)];
+            }
+            let findings = world.findings(&names());
+            let steps: Vec<String> = findings.iter().flat_map(|found| found.remedy.steps()).map(Step::text).collect();
+            assert_eq!(steps, mends, "{number}: {findings:?}");
+        }
     }
 
     #[test]

@@ -283,6 +283,28 @@ async fn status_is_watched_line_by_line_until_nobody_reads() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drop_leaves_a_slot_that_is_not_its_own() {
+    let (ours, theirs) = (outbox().await, outbox().await);
+    let drop_theirs = || {
+        told(&command(&ours, &["drop", "--yes", "--set", &format!("postgres.slot={}", theirs.name)]).output().unwrap())
+    };
+    let (code, _, err) = drop_theirs();
+    assert!(code == WORLD && err.contains(&format!("belongs to database {}", theirs.name)), "{err}");
+    theirs.sql(&format!("select pg_drop_replication_slot('{}')", theirs.name)).await;
+    for (make, whose) in [
+        ("pg_create_physical_replication_slot('{}')", "is physical"),
+        ("pg_create_logical_replication_slot('{}', 'test_decoding')", "uses the plugin test_decoding"),
+    ] {
+        theirs.sql(&format!("select {}", make.replace("{}", &theirs.name))).await;
+        let (code, _, err) = drop_theirs();
+        assert!(code == WORLD && err.contains(whose), "{err}");
+        theirs.sql(&format!("select pg_drop_replication_slot('{}')", theirs.name)).await;
+    }
+    let publications = "select count(*)::text from pg_publication";
+    assert_eq!(ours.text(publications).await.as_deref(), Some("1"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drop_asks_first_and_removes_slot_and_publication_but_never_the_table() {
     let outbox = outbox().await;
     outbox.insert("placed").await;

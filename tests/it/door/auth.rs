@@ -137,7 +137,7 @@ async fn a_server_may_ask_only_for_what_require_auth_allows() {
 async fn a_server_that_asks_for_endless_hash_rounds_is_refused() {
     let postgres = Postgres::start_from(&postgres_18(), &[]).unwrap();
     let client = connect(&postgres.url()).await;
-    for (role, rounds) in [("few", 10_000), ("endless", 1_000_001)] {
+    for (role, rounds) in [("few", 100_000), ("endless", 100_001)] {
         let create = format!("create role {role} login superuser password '{CANARY}'");
         client.batch_execute(&format!("set scram_iterations = {rounds}; {create}")).await.unwrap();
     }
@@ -146,7 +146,7 @@ async fn a_server_that_asks_for_endless_hash_rounds_is_refused() {
     let home = Home::new();
     assert!(ours(&postgres.url_for("few", Some(CANARY), "postgres"), &home, &[]).await.is_ok());
     let error = ours(&postgres.url_for("endless", Some(CANARY), "postgres"), &home, &[]).await.unwrap_err();
-    assert!(error.contains("more than 1000000 SCRAM iterations"), "{error}");
+    assert!(error.contains("more than 100000 SCRAM iterations"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

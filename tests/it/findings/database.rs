@@ -111,7 +111,21 @@ cases! {
             Sql("create table outbox_2 partition of outbox default"),
             Sql("create publication pgoutbox for table outbox_1 with (publish = 'insert')"),
         ],
-        "does not cover table public.outbox", Stops, "ALTER PUBLICATION pgoutbox ADD TABLE public.outbox;";
+        "does not cover table public.outbox", Stops, "ALTER PUBLICATION pgoutbox SET TABLE public.outbox;";
+
+    partitions_that_stay_published_when_detached_are_published_as_their_root:
+        [
+            Sql("drop publication pgoutbox; drop table outbox"),
+            Sql("create table outbox (id int, aggregatetype text, aggregateid text, type text, payload jsonb) \
+                 partition by list (id)"),
+            Sql("create table outbox_1 partition of outbox default"),
+            Sql("create publication pgoutbox for all tables with (publish = 'insert')"),
+        ],
+        "as tables of their own", Stops, "ALTER PUBLICATION pgoutbox SET (publish_via_partition_root = true);";
+
+    a_table_that_inherits_is_set_apart:
+        [Sql("create table archive () inherits (outbox)")],
+        "table public.archive inherits from public.outbox", Stops, "ALTER TABLE public.archive NO INHERIT public.outbox;";
 
     a_table_that_is_missing_is_made_and_published:
         [Sql("drop table outbox")],

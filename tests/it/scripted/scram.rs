@@ -96,5 +96,5 @@ case!(
         challenge(wire, &format!("{nonce}more"), 10_000_000)?;
         wire.fall_silent()
     },
-    "more than 1000000 SCRAM iterations"
+    "more than 100000 SCRAM iterations"
 );
