@@ -14,6 +14,9 @@ pub const NAME_BYTES_MAX: usize = 255;
 /// Deeper nesting is a mistake, and a stack to be kept small.
 const DEPTH_MAX: usize = 16;
 
+/// Two to the 63rd: where AMQP's whole numbers end.
+const BEYOND_I64: f64 = 9_223_372_036_854_775_808.0;
+
 /// Names that mean something to the broker or to this relay. Compared without regard to case.
 const RESERVED: [&str; 10] = [
     "cc",
@@ -42,9 +45,11 @@ pub fn read(text: &[u8], headers: &mut Vec<(ByteString, HeaderValue)>) -> Result
         Json::Object(fields) => fields,
         _ => return Err("column headers is not a JSON object".to_owned()),
     };
+    // Those of one object differ already; to compare them all takes minutes where there are a hundred thousand.
+    let own = headers.len();
     for (name, value) in fields {
         refuse_name(&name)?;
-        if headers.iter().any(|(present, _)| **present == *name) {
+        if headers.iter().take(own).any(|(present, _)| **present == *name) {
             return Err(format!("header {name:?} is set by a column of its own already"));
         }
         let value = value_of(value, 0).map_err(|problem| format!("header {name:?}: {problem}"))?;
@@ -72,12 +77,14 @@ fn value_of(json: Json, depth: usize) -> Result<HeaderValue, String> {
         Json::Null => HeaderValue::Null,
         Json::Bool(value) => HeaderValue::Bool(value),
         Json::String(text) => HeaderValue::Text(text.into()),
-        Json::Number(number) => match (number.as_i64(), number.is_u64(), number.as_f64()) {
-            (Some(whole), ..) => HeaderValue::Int(whole),
-            // A float would not be the same number.
-            (None, true, _) => return Err("a whole number beyond 64 bits with sign".to_owned()),
-            (None, false, Some(float)) => HeaderValue::Float(float),
-            (None, false, None) => return Err("a number out of range".to_owned()),
+        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(whole), _) => HeaderValue::Int(whole),
+            // A float would not be the same number. From there on serde_json makes floats of whole numbers.
+            (None, Some(float)) if float.abs() >= BEYOND_I64 => {
+                return Err("a whole number beyond 64 bits with sign, or as large".to_owned());
+            }
+            (None, Some(float)) => HeaderValue::Float(float),
+            (None, None) => return Err("a number out of range".to_owned()),
         },
         Json::Array(values) => {
             HeaderValue::List(values.into_iter().map(|value| value_of(value, depth + 1)).collect::<Result<_, _>>()?)
@@ -132,10 +139,17 @@ mod tests {
 
     #[test]
     fn what_cannot_be_carried_is_refused_without_telling_the_value() {
-        for text in ["[1]", "7", "{", "{\"a\":18446744073709551615}", "\"s3cret\""] {
+        for text in ["[1]", "7", "{", "\"s3cret\""] {
             let error = read_all(text).unwrap_err();
-            assert!(!error.contains("s3cret") && !error.contains("1844"), "{error}");
+            assert!(!error.contains("s3cret"), "{error}");
         }
+        // Up to 2^64-1 and beyond it, and down from -2^63: each would come out as another number.
+        for number in ["9223372036854775808", "18446744073709551616", "98765432109876543210", "-9223372036854775809"] {
+            let error = read_all(&format!("{{\"a\":{number}}}")).unwrap_err();
+            assert!(error.contains("64 bits") && !error.contains(number), "{error}");
+        }
+        let least = read_all("{\"a\":-9223372036854775808}").unwrap();
+        assert_eq!(least, [("a".into(), HeaderValue::Int(i64::MIN))]);
         let deep = format!("{{\"a\":{}1{}}}", "[".repeat(40), "]".repeat(40));
         assert!(read_all(&deep).is_err());
     }

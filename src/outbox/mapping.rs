@@ -20,6 +20,9 @@ const SHORT_BYTES_MAX: usize = 255;
 /// Those of a row with nothing in its optional columns.
 const OWN_HEADERS: usize = 4;
 
+/// A message may keep so many bytes more of its row alive than it is counted with: less is not worth a copy.
+const UNUSED_BYTES_MAX: usize = 4096;
+
 /// Microseconds from 1970 to 2000, Postgres' epoch.
 const EPOCH_MICROSECONDS: i64 = 946_684_800_000_000;
 
@@ -152,6 +155,9 @@ impl Layout {
         };
         let mut message = row.message(self).map_err(named)?;
         message.id = id.clone().map_err(named)?;
+        if row.bytes() > message.bytes() + UNUSED_BYTES_MAX {
+            message.let_go(self.payload_type != Payload::Bytes);
+        }
         Ok(message)
     }
 }
@@ -182,6 +188,11 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
+    /// Of all its columns.
+    fn bytes(&self) -> usize {
+        self.tuple.iter().map(|value| if let Value::Text(text) = value { text.len() } else { 0 }).sum()
+    }
+
     fn message(&self, layout: &Layout) -> Result<Message, String> {
         let (mut headers, transaction) = (Vec::with_capacity(OWN_HEADERS), self.transaction);
         let (body, is_null) = match self.tuple.get(layout.payload) {
@@ -406,6 +417,28 @@ mod tests {
         for broken in ["00", "\\x0", "\\xzz", "\\000"] {
             binary[4] = value(broken);
             assert!(map(&columns, &binary).is_err(), "{broken}");
+        }
+    }
+
+    #[test]
+    fn columns_that_no_message_has_do_not_live_as_long_as_it() {
+        for payload in [3802, 17] {
+            let mut columns = USUAL.to_vec();
+            columns[4].1 = payload;
+            columns.push(("document", 25));
+            let texts = ["7f", "order", "42", "placed", "\\x00ff", "{}", "00-1-2-3"].map(str::to_owned);
+            let texts = [&texts[..], &["d".repeat(100_000)]].concat();
+            let frame = Bytes::from(texts.concat());
+            let mut end = 0;
+            let slice = |text: &String| {
+                end += text.len();
+                Value::Text(frame.slice(end - text.len()..end))
+            };
+            let row: Vec<Value> = texts.iter().map(slice).collect();
+            let message = map(&columns, &row).unwrap();
+            drop(row);
+            assert!(frame.is_unique(), "{payload}");
+            assert_eq!((&*message.id, message.headers.len(), message.body.is_empty()), ("7f", 5, false));
         }
     }
 

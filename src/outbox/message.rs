@@ -52,6 +52,24 @@ impl Message {
     }
 }
 
+impl Message {
+    /// Copies what is a slice of the row it was read from: while any slice lives, all of the row's bytes do, also those of
+    /// columns that no message has.
+    pub(super) fn let_go(&mut self, is_body_of_row: bool) {
+        for text in [&mut self.id, &mut self.kind] {
+            *text = ByteString::from(&**text);
+        }
+        for (_, value) in &mut self.headers {
+            if let HeaderValue::Text(text) = value {
+                *text = ByteString::from(&**text);
+            }
+        }
+        if is_body_of_row {
+            self.body = Bytes::copy_from_slice(&self.body);
+        }
+    }
+}
+
 /// Fixed cost of a message beside its texts: the structs that hold it and the frames around it.
 const OVERHEAD_BYTES: usize = 256;
 
