@@ -71,7 +71,7 @@ pub struct Reason {
 /// How a session ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct End {
-    /// `stopped`, `postgres`, `broker`, `refused` or `fatal`.
+    /// `stopped`, `broker`, `postgres`, `refused`, `paused` or `fatal`.
     pub end: &'static str,
 }
 
@@ -119,6 +119,13 @@ impl Metrics {
             registry: Registry::with_prefix("pgoutbox"),
         };
         metrics.register();
+        // All there are, at zero: who counts what a counter rises by never sees the step with which it appears.
+        for reason in ["unroutable", "nacked", "undeliverable"] {
+            drop(metrics.refused.get_or_create(&Reason { reason }));
+        }
+        for end in ["stopped", "broker", "postgres", "refused", "paused", "fatal"] {
+            drop(metrics.sessions.get_or_create(&End { end }));
+        }
         metrics
     }
 
@@ -212,9 +219,16 @@ impl Metrics {
         let mut state = self.state();
         state.broker_open = true;
         state.waiting = None;
+        drop(state);
+        self.oldest(None);
     }
 
-    /// The session is over, for this reason.
+    /// Whether a session is open: broker and stream.
+    pub fn is_open(&self) -> bool {
+        self.state().broker_open
+    }
+
+    /// The session is over, for this reason. What was in flight still waits, and grows older.
     pub fn closed(&self, reason: Option<String>) {
         let mut state = self.state();
         state.heard = None;
@@ -225,7 +239,6 @@ impl Metrics {
         self.broker_blocked.set(0);
         self.in_flight_messages.set(0);
         self.in_flight_bytes.set(0);
-        self.oldest(None);
     }
 
     /// The broker blocks publishers, or no longer does.
@@ -297,15 +310,25 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_for_a_broker_that_went_grows_older_until_it_is_published_again() {
+        let metrics = Metrics::new();
+        metrics.opened();
+        metrics.oldest(Some(1_000_000));
+        metrics.closed(None);
+        assert!(metrics.oldest_unsettled_age().as_secs() > 1_000_000_000);
+        metrics.opened();
+        assert_eq!(metrics.oldest_unsettled_age(), Duration::ZERO);
+    }
+
+    #[test]
     fn names_are_those_of_the_contract() {
         let metrics = Metrics::new();
-        metrics.refused.get_or_create(&Reason { reason: "unroutable" }).inc();
         metrics.sessions.get_or_create(&End { end: "broker" }).inc();
         let text = metrics.render();
         for name in [
             "pgoutbox_published_total 0",
             "pgoutbox_settled_total 0",
-            "pgoutbox_refused_total{reason=\"unroutable\"} 1",
+            "pgoutbox_refused_total{reason=\"unroutable\"} 0",
             "pgoutbox_published_beyond_switchpoint_total 0",
             "pgoutbox_in_flight_messages 0",
             "pgoutbox_in_flight_bytes 0",

@@ -152,6 +152,8 @@ impl Database for Memory {
             silence_max: Duration::from_secs(60),
         })
     }
+
+    async fn survey(&mut self) {}
 }
 
 struct Changes(VecDeque<Event>);
@@ -200,6 +202,10 @@ impl Sink for Nothing {
             self.stop.send_replace(true);
         }
         Ok(Receipt::new(std::future::ready(Ok(()))))
+    }
+
+    async fn failed(&mut self) -> sink::Error {
+        std::future::pending().await
     }
 
     async fn check(&mut self) -> Result<(), sink::Error> {

@@ -1,5 +1,6 @@
 //! `pgoutbox run`: the daemon.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -86,7 +87,7 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
         names: config.names,
         mapping: config.mapping.clone(),
         metrics: metrics.clone(),
-        has_warned: false,
+        said: HashSet::new(),
     };
     let ended = relay::run(database, broker, &config.mapping, &config.relay, &metrics, stop).await;
     ended.map_err(|error| Error::of_relay(error, &slot))?;

@@ -99,13 +99,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the stream is sound, and a row or its table is not: what came before it counts.
+    pub fn is_of_a_row(&self) -> bool {
+        !matches!(self, Error::Decode(_) | Error::Order(_))
+    }
+
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
             Error::Decode(_) | Error::Order(_) => Retry::Later,
-            Error::UnknownTable { .. } | Error::Recreated { .. } | Error::Columns(_) | Error::Row { .. } => {
-                Retry::Never
-            }
+            // It may be one whose commit still waits for a standby: how long that is waited for, the relay knows.
+            Error::UnknownTable { .. } => Retry::Later,
+            Error::Recreated { .. } | Error::Columns(_) | Error::Row { .. } => Retry::Never,
         }
     }
 }

@@ -55,6 +55,10 @@ const BETWEEN_BEGINNINGS: Duration = Duration::from_millis(1050);
 /// A session that lasted so long was a good one: the backoff begins anew.
 const GOOD_SESSION: Duration = Duration::from_secs(30);
 
+/// A table that the catalog does not know for so long was dropped, or is no partition any more: only people can help. Until
+/// then its commit may wait for a synchronous standby.
+const UNKNOWN_TABLE_MAX: Duration = Duration::from_secs(20);
+
 /// The same failure is logged again after this long.
 const REPEAT_LOG: Duration = Duration::from_secs(60);
 
@@ -97,6 +101,10 @@ pub trait Database: Send {
 
     /// Proves that the world is set up right and begins to stream where `progress` says.
     fn open(&mut self, progress: &mut Progress) -> impl Future<Output = Result<Opened<Self::Source>, Error>> + Send;
+
+    /// There is no broker to stream to: looks what the slot keeps meanwhile, and at what will end the next session. Holds
+    /// nothing that keeps a server from stopping.
+    fn survey(&mut self) -> impl Future<Output = ()> + Send;
 }
 
 /// Opens broker sessions.
@@ -228,6 +236,7 @@ pub async fn run<D: Database, B: Broker>(
     let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
     let mut logged: Option<(String, Instant)> = None;
     let mut away_since: Option<Instant> = None;
+    let mut unknown: Option<(u32, Instant)> = None;
     loop {
         let began = Instant::now();
         let (frontier, settled) = (progress.frontier(), progress.settled());
@@ -239,18 +248,21 @@ pub async fn run<D: Database, B: Broker>(
             metrics.closed(None);
             return Ok(());
         };
+        let was_idle = metrics.is_open() && metrics.in_flight_messages.get() == 0;
         metrics.closed(Some(explain(&error)));
         note_refusal(&error, metrics);
         if matches!(error, Error::Sink(sink::Error::Timeout { .. })) {
             broker.pass_on();
         }
-        if error.retry() == Retry::Never {
+        if error.retry() == Retry::Never || stays_unknown(&error, &mut unknown) {
             return Err(error);
         }
         if progress.frontier() > frontier || began.elapsed() > GOOD_SESSION {
             backoff.reset();
         }
-        if progress.frontier() > frontier || progress.settled() > settled {
+        // A session that lasted with nothing to do had both peers.
+        let was_good = was_idle && began.elapsed() > GOOD_SESSION;
+        if progress.frontier() > frontier || progress.settled() > settled || was_good {
             away_since = None;
         }
         let since = *away_since.get_or_insert_with(Instant::now);
@@ -265,6 +277,14 @@ pub async fn run<D: Database, B: Broker>(
             () = tokio::time::sleep(wait) => {}
         }
     }
+}
+
+/// Whether the session ended by a table that the catalog has not known for too long.
+fn stays_unknown(error: &Error, unknown: &mut Option<(u32, Instant)>) -> bool {
+    let Error::Outbox(outbox::Error::UnknownTable { oid, .. }) = error else { return false };
+    let (_, since) = unknown.take_if(|(known, _)| known == oid).unwrap_or((*oid, Instant::now()));
+    *unknown = Some((*oid, since));
+    since.elapsed() > UNKNOWN_TABLE_MAX
 }
 
 fn note_refusal(error: &Error, metrics: &Metrics) {

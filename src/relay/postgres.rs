@@ -4,13 +4,14 @@
 //! connection at once but waits for its walsenders, so the control connection is how we hear of it. And the catalog is
 //! asked again while streaming, since Postgres goes on without a word when the outbox has left the publication.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, interval, sleep, timeout};
 
 use super::{Beyond, Database, Error, Opened, Progress, Source, Watch};
-use crate::finding::{Finding, Look, Remedy, Verdict};
+use crate::finding::{Finding, Look, Remedy, Verdict, explain};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
 use crate::outbox::{self, Mapping, Tables};
@@ -35,6 +36,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the slot may take to show what it was told.
 const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A look at what the slot keeps while nothing streams: a login and a handful of queries.
+const SURVEY_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The stream may be silent for so long where `wal_sender_timeout` is switched off.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
@@ -52,8 +56,8 @@ pub struct Postgres {
     pub mapping: Mapping,
     /// Lag and the slot's state.
     pub metrics: Arc<Metrics>,
-    /// Whether was said already what will hurt one day.
-    pub has_warned: bool,
+    /// What was said already of what hurts now or one day: once is enough.
+    pub said: HashSet<String>,
 }
 
 /// A running stream.
@@ -115,11 +119,11 @@ impl Postgres {
 
     /// Says once, ahead, what would take the slot away while nothing is wrong but the broker.
     fn warn(&mut self, world: &World) {
-        if std::mem::replace(&mut self.has_warned, true) {
-            return;
-        }
         if let Some(Look { what, verdict: Verdict::Note(finding) }) = idle_timeout(world) {
-            tracing::warn!("{what}: {finding}");
+            let text = format!("{what}: {finding}");
+            if self.said.insert(text.clone()) {
+                tracing::warn!("{text}");
+            }
         }
     }
 
@@ -127,7 +131,7 @@ impl Postgres {
     fn watch(&self, mut control: Control, expected: Tables) -> Watch {
         let (names, metrics, mapping) = (self.names.clone(), self.metrics.clone(), self.mapping.clone());
         let settings = self.settings.clone();
-        let database = Postgres { settings, names, mapping, metrics, has_warned: true };
+        let database = Postgres { settings, names, mapping, metrics, said: HashSet::new() };
         Box::pin(async move {
             let mut ticks = interval(WATCH_INTERVAL);
             loop {
@@ -146,7 +150,14 @@ impl Postgres {
 
     /// One look at the world, which must still be the one that the stream was opened in.
     async fn look(&self, control: &Control, expected: &Tables) -> Result<(), pg::Error> {
-        let world = self.inspect(control).await?;
+        let world = match self.inspect(control).await {
+            // Somebody alters the table, or rewrites it: the stream does not wait for that, and the next look sees it.
+            Err(pg::Error::Server(error)) if error.is_late() => {
+                tracing::debug!("the catalog was not looked at: {error}");
+                return Ok(());
+            }
+            world => world?,
+        };
         if let Some(slot) = &world.slot {
             self.measure(slot);
         }
@@ -201,6 +212,7 @@ impl Database for Postgres {
         let control = Control::open(&self.settings).await?;
         let world = self.inspect(&control).await?;
         self.warn(&world);
+        world.slot.iter().for_each(|slot| self.measure(slot));
         let slot = world.slot.as_ref().map(|slot| slot.confirmed).unwrap_or_default();
         let mut replication = Replication::open(&control, &self.settings).await?;
         let (identity, server) = replication.identify().await?;
@@ -223,6 +235,29 @@ impl Database for Postgres {
             start,
             silence_max,
         })
+    }
+
+    async fn survey(&mut self) {
+        let looking = async {
+            let control = Control::open(&self.settings).await?;
+            self.inspect(&control).await
+        };
+        match timeout(SURVEY_TIMEOUT, looking).await {
+            Ok(Ok(world)) => {
+                self.warn(&world);
+                world.slot.iter().for_each(|slot| self.measure(slot));
+            }
+            Ok(Err(pg::Error::World(findings))) => {
+                for finding in findings {
+                    let text = format!("the relay will stop when the broker is back: {finding}");
+                    if self.said.insert(text.clone()) {
+                        tracing::error!("{text}");
+                    }
+                }
+            }
+            Ok(Err(error)) => tracing::debug!("Postgres was not looked at meanwhile: {}", explain(&error)),
+            Err(_) => tracing::debug!("Postgres was not looked at meanwhile: it takes longer than {SURVEY_TIMEOUT:?}"),
+        }
     }
 }
 

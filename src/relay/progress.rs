@@ -45,8 +45,7 @@ impl Caution {
         self.messages > 0
     }
 
-    /// A message that went alone is settled.
-    pub fn proven(&mut self, id: &str) {
+    fn proven(&mut self, id: &str) {
         self.messages = if self.until.as_deref() == Some(id) { 0 } else { self.messages.saturating_sub(1) };
     }
 }
@@ -95,7 +94,8 @@ impl Progress {
                 self.identity = Some(known);
                 return Err(error);
             }
-            if identity.timeline == known.timeline && server >= self.settled {
+            // The frontier may lie beyond the last checkpoint: rows that a server writes below it a second time are others.
+            if identity.timeline == known.timeline && server >= self.settled.max(self.frontier.commit_lsn) {
                 if confirmed > self.told && !self.contended {
                     let (found, told) = (confirmed, self.told);
                     return Err(Error::Moved { slot: slot.to_owned(), found, told });
@@ -148,9 +148,18 @@ impl Progress {
         self.contended = true;
     }
 
-    /// A session ended; by the broker's doing, or not.
+    /// A message that went alone is settled. Whether the next one goes alone as well.
+    pub fn proven(&mut self, id: &str) -> bool {
+        self.caution.proven(id);
+        self.caution.is_on()
+    }
+
+    /// A session ended, by the broker's doing. One that refuses a message still does so when the next session ends otherwise,
+    /// by its doing or by Postgres', before the message is reached again.
     pub fn be_cautious(&mut self, caution: Caution) {
-        self.caution = caution;
+        if caution.until.is_some() || self.caution.until.is_none() || !self.caution.is_on() {
+            self.caution = caution;
+        }
     }
 }
 
@@ -197,7 +206,7 @@ mod tests {
 
     #[test]
     fn never_begins_at_its_own_position_on_another_timeline_system_or_shorter_wal() {
-        for (identity, server) in [(on("a", 2), 1000), (on("b", 1), 1000), (on("a", 1), 450)] {
+        for (identity, server) in [(on("a", 2), 1000), (on("b", 1), 1000), (on("a", 1), 450), (on("a", 1), 550)] {
             let mut progress = settled();
             assert_eq!(progress.begin(identity.clone(), lsn(server), "s", lsn(120)).unwrap(), lsn(120), "{identity:?}");
             assert!(!progress.has(Position { commit_lsn: lsn(600), seq: 0 }), "{identity:?}");
@@ -245,6 +254,17 @@ mod tests {
         let mut caution = Caution { messages: 1, until: None };
         caution.proven("any");
         assert!(!caution.is_on());
+    }
+
+    #[test]
+    fn caution_for_a_refused_message_outlasts_a_session_that_ends_otherwise() {
+        let mut progress = Progress::default();
+        progress.be_cautious(Caution { messages: 3, until: Some("refused".to_owned()) });
+        progress.be_cautious(Caution { messages: 1, until: None });
+        assert!(progress.proven("before"));
+        assert!(!progress.proven("refused"));
+        progress.be_cautious(Caution { messages: 1, until: None });
+        assert!(progress.caution().is_on() && !progress.proven("any"));
     }
 
     #[test]

@@ -9,10 +9,10 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::lease::Lease;
-use super::progress::{self, Caution, Progress};
+use super::progress::{self, Progress};
 use super::window::{Need, Share, Window};
 use super::{Error, channel};
 use crate::lsn::Lsn;
@@ -24,8 +24,8 @@ use crate::sink::{self, Receipt, Sink};
 /// Messages in one run: enough that a run's fixed cost vanishes, few enough that the first ones do not wait.
 const RUN_MESSAGES: usize = 256;
 
-/// With nothing to publish, the broker is asked this often whether it is still there: a relay must not hold a replication
-/// connection while its broker is away.
+/// With nothing to publish, the broker is asked this often whether it would take a message: a relay must not hold a
+/// replication connection while its broker is away. Checkpoints of other tables' transactions are nothing to publish.
 const IDLE_CHECK: Duration = Duration::from_secs(5);
 
 /// A run on its way, as the settler sees it.
@@ -50,7 +50,8 @@ pub(super) struct Publisher<'a, K> {
     pub(super) progress: &'a Mutex<Progress>,
     pub(super) metrics: &'a Metrics,
     pub(super) lease: &'a Lease,
-    pub(super) caution: Caution,
+    /// When the broker was last asked, or given something.
+    pub(super) asked: Instant,
 }
 
 /// Items gathered for one call of the sink.
@@ -92,13 +93,9 @@ impl<K: Sink> Publisher<'_, K> {
             let mut run = Run::of(last);
             let first = match held.take() {
                 Some(item) => item,
-                None => match timeout(IDLE_CHECK, self.channel.next()).await {
-                    Ok(Some(item)) => item,
-                    Ok(None) => return Ok(None),
-                    Err(_) => {
-                        self.check().await?;
-                        continue;
-                    }
+                None => match self.next().await? {
+                    Some(item) => item,
+                    None => return Ok(None),
                 },
             };
             match first {
@@ -111,7 +108,7 @@ impl<K: Sink> Publisher<'_, K> {
                     run.add(position, message);
                 }
             }
-            if !self.caution.is_on() {
+            if !self.is_cautious() {
                 held = self.gather(&mut run).await;
             }
             last = run.messages.len();
@@ -120,6 +117,20 @@ impl<K: Sink> Publisher<'_, K> {
                 Ok(false) => return Ok(None),
                 Err(Error::Sink(error)) if error.retry() == Retry::Never => return Ok(Some(error.into())),
                 Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The next item; `None` when there will be none. A broker that goes meanwhile is noticed here when nothing is in
+    /// flight: with something in flight its receipt says so, after those before it.
+    async fn next(&mut self) -> Result<Option<Item>, Error> {
+        loop {
+            // Biased: an item is no reason to overlook an end that is known. All are cancel-safe.
+            tokio::select! {
+                biased;
+                error = self.sink.failed(), if self.window.is_empty() => return Err(error.into()),
+                item = self.channel.next() => return Ok(item),
+                () = sleep_until(self.asked + IDLE_CHECK) => self.check().await?,
             }
         }
     }
@@ -152,13 +163,14 @@ impl<K: Sink> Publisher<'_, K> {
     /// `false`: not any more, the stream is gone.
     async fn publish(&mut self, run: Run) -> Result<bool, Error> {
         let count = run.messages.len();
-        let alone = run.messages.first().filter(|_| self.caution.is_on()).map(|message| message.id.clone());
+        let alone = run.messages.first().filter(|_| self.is_cautious()).map(|message| message.id.clone());
         let receipt = if count > 0 {
             if !self.may_publish().await? {
                 return Ok(false);
             }
             // Before it is: after a failure, any part of it may have arrived.
             self.note(&run.positions);
+            self.asked = Instant::now();
             Some(self.sink.publish(run.messages).await?)
         } else {
             None
@@ -180,12 +192,16 @@ impl<K: Sink> Publisher<'_, K> {
         }
         if let Some(id) = alone {
             self.window.empty().await;
-            self.caution.proven(&id);
-            if !self.caution.is_on() && self.metrics.taken() {
+            let is_still_on = progress::lock(self.progress).proven(&id);
+            if !is_still_on && self.metrics.taken() {
                 tracing::info!(%id, "the broker takes what it had refused; going on");
             }
         }
         Ok(true)
+    }
+
+    fn is_cautious(&self) -> bool {
+        progress::lock(self.progress).caution().is_on()
     }
 
     fn note(&self, positions: &[Position]) {
@@ -206,6 +222,7 @@ impl<K: Sink> Publisher<'_, K> {
 
     /// With messages in flight their confirms are the proof; while blocked a proof is impossible and known to be.
     async fn check(&mut self) -> Result<(), Error> {
+        self.asked = Instant::now();
         if self.window.is_empty() && !self.metrics.is_blocked() {
             self.sink.check().await?;
         }

@@ -21,7 +21,7 @@ use crate::metrics::Metrics;
 use crate::outbox::{Assembler, Mapping};
 use crate::pg;
 use crate::retry::Retry;
-use crate::sink;
+use crate::sink::{self, Sink};
 
 /// Runs between publisher and settler: as many as there can be in a window, and never so few that the publisher waits here.
 const RUNS_MIN: usize = 1024;
@@ -50,9 +50,21 @@ pub(super) async fn run<D: Database, B: Broker>(
     stop: &mut watch::Receiver<bool>,
 ) -> Result<(), Error> {
     let opening = async {
-        let sink = broker.open().await?;
-        let opened = database.open(progress).await?;
-        Ok((sink, opened))
+        let sink = match broker.open().await {
+            Ok(sink) => sink,
+            Err(error) => {
+                // That may last for hours, and the disk that fills meanwhile is Postgres'.
+                database.survey().await;
+                return Err(error.into());
+            }
+        };
+        match database.open(progress).await {
+            Ok(opened) => Ok((sink, opened)),
+            Err(error) => {
+                sink.close().await;
+                Err(error)
+            }
+        }
     };
     let opened = tokio::select! {
         biased;
@@ -77,14 +89,15 @@ pub(super) async fn run<D: Database, B: Broker>(
     let shared = Mutex::new(std::mem::take(progress));
     let result = stream(sink, opened, common, &shared, stop).await;
     *progress = shared.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    progress.be_cautious(match &result {
+    match &result {
         // It is among the first unsettled ones, of which there is at most one window.
         Err(Error::Sink(sink::Error::Refused { id, .. })) => {
-            Caution { messages: common.settings.window_messages, until: Some(id.clone()) }
+            progress.be_cautious(Caution { messages: common.settings.window_messages, until: Some(id.clone()) });
         }
-        Err(Error::Sink(_)) => Caution { messages: 1, until: None },
-        _ => Caution::default(),
-    });
+        Err(Error::Sink(_)) => progress.be_cautious(Caution { messages: 1, until: None }),
+        // What was to be proven still is.
+        _ => {}
+    }
     result
 }
 
@@ -96,7 +109,7 @@ fn note_contention(error: &Error, progress: &mut Progress) {
 }
 
 /// The three stations, the watch beside them, and the two ways to end.
-async fn stream<S: super::Source, K: crate::sink::Sink>(
+async fn stream<S: super::Source, K: Sink>(
     mut sink: K,
     opened: Opened<S>,
     Common { mapping, settings, metrics, window }: Common<'_>,
@@ -104,7 +117,6 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
     stop: &mut watch::Receiver<bool>,
 ) -> Result<(), Error> {
     let before = super::progress::lock(progress).clone();
-    let caution = before.caution().clone();
     let (channel_in, channel_out) = channel::channel();
     let (runs_in, runs_out) = mpsc::channel(settings.window_messages.max(RUNS_MIN));
     let (settled_in, settled_out) = watch::channel(opened.start);
@@ -132,14 +144,15 @@ async fn stream<S: super::Source, K: crate::sink::Sink>(
         progress,
         metrics,
         lease: &lease,
-        caution,
+        asked: Instant::now(),
     };
     let confirm_timeout = settings.confirm_timeout;
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {
         let (read, published, ()) =
             tokio::try_join!(reader.run(channel_in, &mut halted), publisher.run(), settler.run())?;
-        read.or(published).map_or(Ok(()), Err)
+        // The publisher's row lies before the reader's: the first one is named, since all before it counts as published.
+        published.or(read).map_or(Ok(()), Err)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;
     let result = reader.fatal.take().map_or(result, |error| Err(error.into()));

@@ -40,6 +40,10 @@ pub trait Sink: Send {
         Ok(())
     }
 
+    /// Resolves when the session is over by the broker's doing, with the reason: nobody may be publishing or waiting then.
+    /// Cancel-safe.
+    fn failed(&mut self) -> impl Future<Output = Error> + Send;
+
     /// Proves that a delivery could succeed now; changes nothing.
     ///
     /// # Errors
@@ -226,6 +230,13 @@ impl Sink for AnySink {
         match self {
             AnySink::RabbitMq(sink) => sink.admit(message),
             AnySink::Stdout(sink) => sink.admit(message),
+        }
+    }
+
+    async fn failed(&mut self) -> Error {
+        match self {
+            AnySink::RabbitMq(sink) => sink.failed().await,
+            AnySink::Stdout(sink) => sink.failed().await,
         }
     }
 

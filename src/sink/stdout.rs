@@ -45,6 +45,11 @@ impl Sink for Stdout {
         Ok(Receipt::new(std::future::ready(Ok(()))))
     }
 
+    /// A reader that goes away is noticed at the next line: nothing else asks for it.
+    async fn failed(&mut self) -> Error {
+        std::future::pending().await
+    }
+
     async fn check(&mut self) -> Result<(), Error> {
         Ok(())
     }

@@ -9,7 +9,7 @@ use pgoutbox::servers::{Postgres, RabbitMq};
 use crate::support::consumer::Consumer;
 use crate::support::links::{Ledger, Link, Toxics};
 use crate::support::relay::Relay;
-use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+use crate::support::{Outbox, connect, eventually, shared_postgres, shared_postgres_18, shared_rabbitmq};
 
 fn count(relay: &Relay, what: &str) -> usize {
     std::fs::read_dir(format!("/proc/{}/{what}", relay.pid())).unwrap().count()
@@ -56,7 +56,7 @@ async fn an_alarm_is_waited_out_in_one_session_and_costs_no_duplicate() {
     let received = consumer.wait_distinct(50).await;
     assert_eq!(received.len(), 50, "duplicates");
     relay.ready().await;
-    assert!(relay.metric("pgoutbox_sessions_total{end=\"broker\"}").is_nan(), "{}", relay.log());
+    assert!(relay.metric("pgoutbox_sessions_total{end=\"broker\"}") == 0.0, "{}", relay.log());
     assert_eq!(relay.stop(), 0);
     // A clean stop says goodbye: a warning in the broker's log at every deploy would hide those that matter.
     let goodbye = || {
@@ -95,5 +95,78 @@ async fn a_row_as_large_as_the_channel_behind_a_broker_that_holds_back_goes_on_w
     let received = consumer.wait_distinct(1002).await;
     assert_eq!(received.len(), 1002, "duplicates");
     assert_eq!(ledger.violations(), Vec::<String>::new());
+    assert_eq!(relay.stop(), 0);
+}
+
+/// Checkpoints of other tables' transactions keep coming, and are no reason to believe in the broker.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_goes_is_noticed_while_only_other_tables_are_written() {
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    outbox.sql("create table busy (t text)").await;
+    let ledger = Ledger::new(outbox.confirmed().await);
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &ledger).await;
+    let amqp = format!("amqp://guest:guest@127.0.0.1:{}/%2f", link.port());
+    let relay = Relay::start_at(&outbox.url, &amqp, &outbox.name, &[]);
+    relay.ready().await;
+    link.refuse(true);
+    link.cut();
+    eventually("it is not ready", || async {
+        outbox.sql("insert into busy values ('x')").await;
+        relay.metric("pgoutbox_sessions_total{end=\"broker\"}") > 0.0 && !relay.is_ready()
+    })
+    .await;
+    link.refuse(false);
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_slot_keeps_is_measured_while_the_broker_is_away() {
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let relay = Relay::start_at(&outbox.url, "amqp://guest:guest@127.0.0.1:1/%2f", &outbox.name, &[]);
+    outbox.sql("create table busy as select repeat(md5(n::text), 60) from generate_series(1, 5000) n").await;
+    eventually("the WAL that waits is seen", || async {
+        let kept = ["pgoutbox_slot_retained_bytes", "pgoutbox_wal_lag_bytes"].map(|name| relay.metric(name));
+        kept.iter().all(|bytes| *bytes > 1e6)
+    })
+    .await;
+    outbox.sql("alter publication pgoutbox set (publish = 'update')").await;
+    eventually("what will stop it is said", || async { relay.log().contains("does not publish inserts") }).await;
+    let attempts = relay.metric("pgoutbox_sessions_total{end=\"broker\"}");
+    eventually("it goes on trying", || async {
+        relay.metric("pgoutbox_sessions_total{end=\"broker\"}") > attempts + 1.0
+    })
+    .await;
+    assert_eq!(relay.log().matches("does not publish inserts").count(), 1, "{}", relay.log());
+    assert_eq!(relay.stop(), 0);
+}
+
+/// The catalog's functions wait for the table's lock. The stream does not, and attempts must not pile up in the server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_on_the_outbox_ends_no_session_and_leaves_no_backend_waiting() {
+    let outbox = Outbox::create(shared_postgres_18(), shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    outbox.insert("placed").await;
+    consumer.wait_distinct(1).await;
+    let holder = connect(&outbox.url).await;
+    holder.batch_execute("begin; lock table outbox in access exclusive mode").await.unwrap();
+    let waiting = "select count(*)::text from pg_stat_activity where datname = current_database() \
+        and wait_event_type = 'Lock'";
+    let (mut seen, mut most) = (0, 0);
+    let began = std::time::Instant::now();
+    // Until a look has come, has been given up, and the session with it.
+    while began.elapsed() < Duration::from_secs(22) {
+        let now: usize = outbox.text(waiting).await.unwrap().parse().unwrap();
+        (seen, most) = (seen + now, most.max(now));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(seen > 0, "nobody has looked");
+    assert!(most <= 1, "{most} backends wait");
+    holder.batch_execute("commit").await.unwrap();
+    outbox.insert("placed").await;
+    consumer.wait_distinct(2).await;
+    assert_eq!(relay.metric("pgoutbox_sessions_total{end=\"postgres\"}"), 0.0, "{}", relay.log());
     assert_eq!(relay.stop(), 0);
 }

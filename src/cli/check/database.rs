@@ -1,5 +1,6 @@
 //! Postgres: the way there, twice, and everything that a relay depends on behind it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::deep;
@@ -28,7 +29,7 @@ fn relay(config: &Config) -> Postgres {
         names: config.names.clone(),
         mapping: config.mapping.clone(),
         metrics: Arc::new(Metrics::new()),
-        has_warned: true,
+        said: HashSet::new(),
     }
 }
 

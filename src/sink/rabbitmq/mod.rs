@@ -208,6 +208,10 @@ impl Sink for RabbitMq {
         }
     }
 
+    async fn failed(&mut self) -> Error {
+        self.session.failed().await
+    }
+
     async fn check(&mut self) -> Result<(), Error> {
         let (answered, answer_of_broker) = oneshot::channel();
         self.session.ask(Command::Check(answered));

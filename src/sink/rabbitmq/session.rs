@@ -112,6 +112,12 @@ impl Session {
         self.progress.borrow().failure.clone().unwrap_or_else(gone)
     }
 
+    /// Waits until something has ended it. Cancel-safe.
+    pub(super) async fn failed(&mut self) -> Error {
+        let ended = self.progress.wait_for(|progress| progress.failure.is_some()).await;
+        ended.ok().and_then(|progress| progress.failure.clone()).unwrap_or_else(gone)
+    }
+
     /// Waits for the task's end.
     pub(super) async fn ended(&mut self) {
         let _ = (&mut self.task).await;

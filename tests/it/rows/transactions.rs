@@ -11,7 +11,7 @@ use pgoutbox::servers::Postgres;
 use super::Stage;
 use crate::support::consumer::Consumer;
 use crate::support::relay::Relay;
-use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
+use crate::support::{Outbox, connect, eventually, shared_postgres, shared_rabbitmq};
 
 fn insert(kinds: &[&str]) -> String {
     let rows: Vec<String> = kinds.iter().map(|kind| format!("('order', '1', '{kind}', '{{}}')")).collect();
@@ -132,6 +132,31 @@ async fn rows_of_partitions_arrive_when_they_are_announced_as_their_root() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_of_partitions_arrive_when_they_are_announced_as_themselves() {
     partitions_as_they_come("publish = 'insert', publish_via_partition_root = false").await;
+}
+
+/// Its commit is in the stream before the catalog shows what it made.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_a_partition_whose_commit_waits_for_a_standby_arrive_when_it_does() {
+    let postgres = Postgres::start(&[]).unwrap();
+    let outbox = Outbox::empty(&postgres, shared_rabbitmq()).await;
+    outbox.sql(PARTITIONED).await;
+    outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
+    outbox.create_slot().await;
+    let stage = Stage::of(outbox, &[]).await;
+    let admin = connect(&postgres.url()).await;
+    admin.batch_execute("alter system set synchronous_standby_names = 'nobody'").await.unwrap();
+    admin.batch_execute("select pg_reload_conf()").await.unwrap();
+    let writer = connect(&stage.outbox.url).await;
+    let transaction = format!("create table outbox_b partition of outbox for values in ('b'); {}", insert(&["b"]));
+    let waiting = tokio::spawn(async move { writer.batch_execute(&format!("begin; {transaction}; commit")).await });
+    eventually("the relay waits for the table", || async { stage.relay.log().contains("outbox_b") }).await;
+    assert!(!waiting.is_finished());
+    admin.batch_execute("alter system reset synchronous_standby_names").await.unwrap();
+    admin.batch_execute("select pg_reload_conf()").await.unwrap();
+    waiting.await.unwrap().unwrap();
+    stage.received(1).await;
+    assert_eq!(stage.kinds(), ["b"]);
+    stage.stop();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

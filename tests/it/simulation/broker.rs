@@ -174,6 +174,18 @@ impl Sink for FakeSink {
         Ok(())
     }
 
+    async fn failed(&mut self) -> Error {
+        let mut confirmed = self.confirmed.clone();
+        let failure = confirmed.wait_for(|all| all.failure.is_some()).await.ok().and_then(|all| all.failure.clone());
+        match failure {
+            Some(failure) => {
+                self.excuse();
+                failure
+            }
+            None => std::future::pending().await,
+        }
+    }
+
     async fn check(&mut self) -> Result<(), Error> {
         if self.world.strikes(Fault::CheckHangs) {
             self.excuse();

@@ -186,4 +186,6 @@ impl Database for FakeDatabase {
         let watch = watch(self.world.clone(), self.life);
         Ok(Opened { source, watch, tables, identity, start, silence_max: SILENCE_MAX })
     }
+
+    async fn survey(&mut self) {}
 }

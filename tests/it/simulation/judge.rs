@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use pgoutbox::outbox;
 use pgoutbox::relay;
 use pgoutbox::retry::Retry;
 
@@ -146,7 +147,14 @@ fn stopped_at_row(state: &mut State, life: usize, error: &relay::Error) {
     let Some(barrier) = stream.barrier else { return state.accuse("stopped at a row that could be delivered") };
     if let Some(row) = stream.sent[..barrier].iter().copied().find(|row| !state.rows[*row].acknowledged) {
         let name = state.name(row);
-        state.accuse(format!("stopped at a row with {name} before it unsettled"));
+        return state.accuse(format!("stopped at a row with {name} before it unsettled"));
+    }
+    // The remedy skips the named row's transaction, and all that lies before it.
+    let first = state.name(stream.sent[barrier]);
+    if let relay::Error::Outbox(outbox::Error::Row { id, .. }) = error
+        && *id != first
+    {
+        state.accuse(format!("stopped at row {id}, and row {first} before it cannot be delivered either"));
     }
 }
 

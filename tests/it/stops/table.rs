@@ -129,3 +129,47 @@ async fn a_payload_that_is_neither_json_nor_text_nor_bytes_is_refused() {
     outbox.sql("alter table outbox drop payload; alter table outbox add payload int").await;
     stops_with(&outbox, &[], WORLD, &["column payload must be json, jsonb, text or bytea"]).await;
 }
+
+/// A partitioned outbox, and a row in a partition that is detached before anybody has read the row.
+async fn detached(via_root: bool) -> Outbox {
+    let outbox = Outbox::empty(shared_postgres(), shared_rabbitmq()).await;
+    outbox
+        .sql(
+            "create table outbox (id uuid not null default gen_random_uuid(), aggregatetype text, aggregateid text, \
+             type text, payload jsonb) partition by list (type); \
+             create table outbox_old partition of outbox for values in ('old'); \
+             create table outbox_new partition of outbox default",
+        )
+        .await;
+    let with = format!("publish = 'insert', publish_via_partition_root = {via_root}");
+    outbox.sql(&format!("create publication pgoutbox for table outbox with ({with})")).await;
+    outbox.create_slot().await;
+    outbox.insert("old").await;
+    outbox.sql("alter table outbox detach partition outbox_old").await;
+    outbox.insert("new").await;
+    outbox
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unread_row_of_a_detached_partition_stops_the_relay_until_it_is_attached_again() {
+    let outbox = detached(false).await;
+    let consumer = Consumer::start(&outbox).await;
+    stops(&outbox, WORLD, &["a row of table public.outbox_old", "detached", "attach it"]).await;
+    assert_eq!(consumer.count(), 0);
+    outbox.sql("alter table outbox attach partition outbox_old for values in ('old')").await;
+    let relay = Relay::start(&outbox);
+    let received = consumer.wait_distinct(2).await;
+    let keys: Vec<&str> = received.iter().map(|received| received.routing_key.as_str()).collect();
+    assert_eq!(keys, ["order.old", "order.new"]);
+    assert_eq!(relay.stop(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unread_row_of_a_detached_partition_that_is_announced_as_its_root_arrives() {
+    let outbox = detached(true).await;
+    let consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    let received = consumer.wait_distinct(2).await;
+    assert_eq!(received[0].routing_key, "order.old");
+    assert_eq!(relay.stop(), 0);
+}
