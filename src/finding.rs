@@ -5,6 +5,31 @@
 //! holds a secret: where one is needed, the step asks for it.
 
 use std::fmt;
+use std::sync::OnceLock;
+
+/// How this process was called: what each step that calls it again needs as well, or it works on another slot.
+static CALLED_WITH: OnceLock<String> = OnceLock::new();
+
+/// Remembers the arguments that say which settings count, quoted for a shell. Once, at start.
+pub fn called_with(arguments: String) {
+    // Only the first call counts, and there is no second one.
+    let _ = CALLED_WITH.set(arguments);
+}
+
+/// `pgoutbox VERB ...` with them behind the verb: what a step sets itself comes later, and wins.
+fn as_called(command: &str) -> String {
+    with_arguments(command, CALLED_WITH.get().map_or("", String::as_str))
+}
+
+fn with_arguments(command: &str, arguments: &str) -> String {
+    let mut words = command.splitn(3, ' ');
+    match (words.next(), words.next(), words.next()) {
+        (Some("pgoutbox"), Some(verb), rest) if !arguments.is_empty() => {
+            [&["pgoutbox", verb, arguments][..], rest.as_slice()].concat().join(" ")
+        }
+        _ => command.to_owned(),
+    }
+}
 
 /// A precondition that does not hold, and what mends it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,7 +163,8 @@ impl Step {
     /// What goes there: for a setting `key=value`, as `--set` takes it.
     pub fn text(&self) -> String {
         match self {
-            Step::Sql(text) | Step::Shell(text) | Step::Hba(text) | Step::Act(text) => text.clone(),
+            Step::Sql(text) | Step::Hba(text) | Step::Act(text) => text.clone(),
+            Step::Shell(command) => as_called(command),
             Step::Setting(key, value) => format!("{key}={value}"),
         }
     }
@@ -156,7 +182,7 @@ impl fmt::Display for Remedy {
             });
             text.push_str(&match step {
                 Step::Sql(statement) => statement.clone(),
-                Step::Shell(command) => format!("run `{command}`"),
+                Step::Shell(command) => format!("run `{}`", as_called(command)),
                 Step::Setting(key, value) => format!("set {key} = {value}"),
                 Step::Hba(line) => format!("put this line into the server's pg_hba.conf: {line}"),
                 Step::Act(act) => act.clone(),
@@ -260,6 +286,18 @@ pub fn explain(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_step_that_calls_pgoutbox_again_says_which_settings_count() {
+        for (command, called) in [
+            ("pgoutbox init", "pgoutbox init --config prod.toml"),
+            ("pgoutbox init --set a=b c", "pgoutbox init --config prod.toml --set a=b c"),
+            ("rabbitmqctl status", "rabbitmqctl status"),
+        ] {
+            assert_eq!(with_arguments(command, "--config prod.toml"), called);
+            assert_eq!(with_arguments(command, ""), command);
+        }
+    }
 
     #[test]
     fn a_remedy_reads_as_one_line_with_its_steps_in_order() {

@@ -17,11 +17,12 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, Needs, Sources};
+use crate::config::{Config, KEYS, Needs, Sources};
 use crate::error::{Error, ExitCode};
-use crate::finding::explain;
+use crate::finding::{called_with, explain, word};
 
 /// The transactional outbox for Postgres, straight from the write-ahead log to RabbitMQ.
 #[derive(Debug, Parser)]
@@ -43,8 +44,8 @@ long, 70 a bug in pgoutbox, 78 the world is set up wrong.";
 /// For every verb.
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// TOML file with settings
-    #[arg(short, long, global = true, env = "PGOUTBOX_CONFIG", value_name = "FILE")]
+    /// TOML file with settings; else PGOUTBOX_CONFIG names it
+    #[arg(short, long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// One setting, such as rabbitmq.exchange=events; may be repeated
     #[arg(short, long = "set", global = true, value_name = "KEY=VALUE", value_parser = key_value)]
@@ -52,9 +53,27 @@ struct Common {
     /// How logs look
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
-    /// error, warn, info, debug or trace; RUST_LOG is understood as well
-    #[arg(long, global = true, default_value = "info", value_name = "LEVEL")]
-    log_level: tracing::Level,
+    /// error, warn, info, debug or trace; else RUST_LOG says it, else it is info
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<tracing::Level>,
+}
+
+impl Common {
+    /// An empty variable is none: compose files pass on variables that nobody set.
+    fn file(&self) -> Option<PathBuf> {
+        let named = || std::env::var_os("PGOUTBOX_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+        self.config.clone().or_else(named)
+    }
+
+    /// What says which settings count, for a command line that does something to the same slot. A secret is left out: its
+    /// owner has it, and logs shall not.
+    fn repeated(&self) -> String {
+        let is_secret = |key: &str| KEYS.iter().any(|known| known.is_secret && known.name == key);
+        let file = self.config.iter().map(|path| ("--config", path.to_string_lossy().into_owned()));
+        let set = self.settings.iter().filter(|(key, _)| !is_secret(key));
+        let set = set.map(|(key, value)| ("--set", format!("{key}={value}")));
+        file.chain(set).map(|(flag, value)| format!("{flag} {}", word(&value))).collect::<Vec<_>>().join(" ")
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -104,11 +123,15 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     exit_70_on_panic();
     start_logs(&arguments.common);
+    called_with(arguments.common.repeated());
     let runtime = match runtime(&arguments.verb).enable_all().build() {
         Ok(runtime) => runtime,
         Err(source) => return report(&Error::System { doing: "cannot start threads".to_owned(), source }),
     };
-    let code = match runtime.block_on(dispatch(&arguments)) {
+    let code = match runtime.block_on(async {
+        end_as_process_1(&arguments.verb);
+        dispatch(&arguments).await
+    }) {
         Ok(()) => ExitCode::Stopped,
         Err(error) => report(&error),
     };
@@ -125,6 +148,22 @@ fn runtime(verb: &Verb) -> tokio::runtime::Builder {
     match verb {
         Verb::Demo(_) => tokio::runtime::Builder::new_multi_thread(),
         _ => tokio::runtime::Builder::new_current_thread(),
+    }
+}
+
+/// A container's first process has no default for signals: what does not listen for them cannot be stopped by any but the
+/// last. `run` and `demo` listen.
+fn end_as_process_1(verb: &Verb) {
+    if std::process::id() != 1 || matches!(verb, Verb::Run(_) | Verb::Demo(_)) {
+        return;
+    }
+    for (kind, number) in [(SignalKind::terminate(), 15), (SignalKind::interrupt(), 2)] {
+        // Without a listener it is as it was.
+        let Ok(mut listener) = signal(kind) else { continue };
+        tokio::spawn(async move {
+            listener.recv().await;
+            std::process::exit(128 + number);
+        });
     }
 }
 
@@ -150,7 +189,8 @@ fn load(common: &Common, flags: &[(String, String)], needs: Needs) -> Result<Con
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let mut settings = common.settings.clone();
     settings.extend(flags.iter().cloned());
-    let sources = Sources { flags: settings, environment: environment.collect(), file: common.config.as_deref() };
+    let file = common.file();
+    let sources = Sources { flags: settings, environment: environment.collect(), file: file.as_deref() };
     Config::load(&sources, needs).map_err(Error::Config)
 }
 
@@ -187,9 +227,13 @@ fn report(error: &Error) -> ExitCode {
 }
 
 fn start_logs(common: &Common) {
-    let level = std::env::var("RUST_LOG").unwrap_or_else(|_| common.log_level.to_string());
+    let by_variable = || std::env::var("RUST_LOG").ok().filter(|level| !level.is_empty());
+    let level = common.log_level.map(|level| level.to_string()).or_else(by_variable).unwrap_or("info".to_owned());
     // The consumers of `demo` meet a broker that restarts: lapin would log what is part of the show.
-    let filter = EnvFilter::try_new(format!("{level},lapin=off")).unwrap_or_else(|_| EnvFilter::new("info,lapin=off"));
+    let filter = EnvFilter::try_new(format!("{level},lapin=off")).unwrap_or_else(|error| {
+        complain(&format!("RUST_LOG: {error}; info is taken"));
+        EnvFilter::new("info,lapin=off")
+    });
     // Its way to say that a line could not be written is `eprintln!`.
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| log::Lines).log_internal_errors(false);
     let logs = logs.with_target(false);

@@ -61,7 +61,8 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let mut assembler = Assembler::new(config.mapping.clone(), tables);
 
     let mut replication = Replication::open(&control, &config.postgres).await?;
-    let slot = format!("pgoutbox_tail_{}", std::process::id());
+    // In containers every process is number 1.
+    let slot = format!("pgoutbox_tail_{:08x}", fastrand::u32(..));
     replication.create_temporary_slot(&slot).await?;
     let mut stream = replication.start(&slot, &names.publication, Lsn::ZERO).await?;
     let mut position = Lsn::ZERO;

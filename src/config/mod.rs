@@ -275,6 +275,12 @@ impl Raw<'_> {
             Ok(count) if count >= 1 => Ok(count),
             _ => Err("a number from 1 is needed".to_owned()),
         });
+        if window_messages_min > window_messages && self.is_set("rabbitmq.window_messages_min") {
+            self.fault(format!(
+                "rabbitmq.window_messages_min: {window_messages_min} is more than rabbitmq.window_messages = \
+                 {window_messages}"
+            ));
+        }
         let window_bytes = self.parsed("rabbitmq.window_bytes", 1, |text| bytes(text, 1 << 30));
         let second = Duration::from_secs(1);
         relay::Settings {
@@ -282,7 +288,10 @@ impl Raw<'_> {
             // The least is for small machines as good as for large ones; the most is what somebody chose.
             window_messages_min: window_messages_min.min(window_messages),
             window_bytes: usize::try_from(window_bytes).unwrap_or(usize::MAX),
-            confirm_timeout: self.parsed("rabbitmq.confirm_timeout", second, duration),
+            confirm_timeout: self.parsed("rabbitmq.confirm_timeout", second, |text| match duration(text)? {
+                short if short < second => Err("at least 1s is needed: no broker confirms at once".to_owned()),
+                long => Ok(long),
+            }),
             drain_timeout: self.parsed("run.drain_timeout", second, duration),
             give_up_after: self.parsed("run.give_up_after", None, |text| match text {
                 "never" => Ok(None),
@@ -394,6 +403,29 @@ mod tests {
             assert!(!format!("{config:?}{}", config.printed()).contains("s3cret"));
         }
         assert!(load(&[URLS[0], ("AMQP_URL_FILE", "/does/not/exist")], None, &[]).is_err());
+    }
+
+    #[test]
+    fn a_url_where_its_file_is_asked_for_is_not_repeated() {
+        let mistaken = [("DATABASE_URL_FILE", "postgres://u:s3cret@h/d"), ("AMQP_URL_FILE", "amqp://u:s3cret@h")];
+        let faults = load(&mistaken, None, &[]).unwrap_err();
+        for name in ["postgres.url_file: the name of a file", "rabbitmq.url_file: the name of a file"] {
+            assert!(faults.iter().any(|fault| fault.contains(name)), "{name} in {faults:?}");
+        }
+        assert!(!faults.iter().any(|fault| fault.contains("s3cret")), "{faults:?}");
+    }
+
+    #[test]
+    fn settings_with_which_nothing_could_settle_are_refused() {
+        for (key, value, problem) in [
+            ("rabbitmq.confirm_timeout", "0s", "at least 1s"),
+            ("rabbitmq.confirm_timeout", "999ms", "at least 1s"),
+            ("rabbitmq.window_messages_min", "1001", "1001 is more than rabbitmq.window_messages = 1000"),
+        ] {
+            let faults = load(&URLS, None, &[(key, value)]).unwrap_err();
+            assert!(faults.len() == 1 && faults[0].contains(problem), "{faults:?}");
+        }
+        assert!(load(&URLS, None, &[("rabbitmq.confirm_timeout", "1s"), ("rabbitmq.window_messages", "1")]).is_ok());
     }
 
     #[test]

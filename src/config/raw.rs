@@ -94,6 +94,10 @@ impl<'a> Raw<'a> {
         }
         let file_of = name.strip_suffix("_file").and_then(|base| KEYS.iter().find(|key| key.name == base));
         match file_of.filter(|key| key.is_secret) {
+            // Somebody who mistook the one for the other is not told their password.
+            Some(_) if value.contains("://") => {
+                self.fault(format!("{name}: the name of a file is needed, which holds the URL, and not the URL"));
+            }
             Some(key) => match std::fs::read_to_string(&value) {
                 Ok(secret) => {
                     self.values.insert(key.name, secret.trim_end().to_owned());
@@ -106,6 +110,11 @@ impl<'a> Raw<'a> {
                 self.fault(format!("{name}: unknown key (from {origin}){hint}"));
             }
         }
+    }
+
+    /// Whether anybody has set it.
+    pub(super) fn is_set(&self, name: &str) -> bool {
+        self.values.contains_key(name)
     }
 
     pub(super) fn fault(&mut self, fault: String) {

@@ -10,7 +10,7 @@ mod deep;
 use super::write_out;
 use crate::config::Config;
 use crate::error::Error;
-use crate::finding::{Finding, Look, Step, Verdict};
+use crate::finding::{Finding, Look, Step, Verdict, word};
 use crate::sink::rabbitmq::probe::Deep;
 
 pub(super) use database::findings;
@@ -46,14 +46,19 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
 
 /// One line, and under a finding one line a step.
 fn lines(look: &Look) -> String {
-    let (word, finding) = match &look.verdict {
+    let (state, finding) = match &look.verdict {
         Verdict::Sound => return format!("ok     {}\n", look.what),
         Verdict::Note(finding) => ("note ", finding),
         Verdict::Wrong(finding) => ("WRONG", finding),
     };
-    let mut text = format!("{word}  {}: {}\n", look.what, finding.problem);
+    let mut text = format!("{state}  {}: {}\n", look.what, finding.problem);
     for step in finding.remedy.steps() {
-        text.push_str(&format!("       {}: {}\n", step.place(), step.text()));
+        let pasted = match step {
+            // Behind `--set`, in a shell.
+            Step::Setting(key, value) => format!("{key}={}", word(value)),
+            step => step.text(),
+        };
+        text.push_str(&format!("       {}: {pasted}\n", step.place()));
     }
     if let Some(mind) = finding.remedy.to_mind() {
         text.push_str(&format!("       mind: {mind}\n"));

@@ -65,6 +65,10 @@ impl Api {
             let port = if address.is_tls() { 15_671 } else { 15_672 };
             return Ok(api(address.tls.clone(), &address.host, port, ""));
         };
+        // A password in it would come out again in every message.
+        if url.contains('@') {
+            return Err("--management-url: leave out user and password, they are rabbitmq.url's".to_owned());
+        }
         let wrong = || format!("{url:?} is no address such as http://host:15672");
         let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
         let is_tls = match scheme {
@@ -235,7 +239,9 @@ fn keeping(name: &str, queue: &Json, is_awaited: bool) -> Look {
     } else if is_late {
         Remedy::act(format!("add {name} to rabbitmq.queues"))
     } else {
-        Remedy::shell(format!("rabbitmqctl list_queues name type arguments policy | grep {}", word(name)))
+        let vhost = queue.get("vhost").and_then(Json::as_str).unwrap_or("/");
+        let list = format!("rabbitmqctl list_queues -p {} name type arguments policy", word(vhost));
+        Remedy::shell(format!("{list} | grep {}", word(name)))
     };
     Look::note(what, problems.join("; "), remedy)
 }
