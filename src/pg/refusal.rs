@@ -114,9 +114,10 @@ pub(super) fn session(error: &ServerError) -> Option<Remedy> {
         "3D000" => Remedy::act("check the database in postgres.url"),
         "55006" => Remedy::act("another relay or a dead connection holds the slot; this one waits for it"),
         "53300" => too_many(error, None),
-        // The server does not say how many there are, and a number from nowhere may lie below that: it would not start again.
+        // The server does not say how many there are. With a number below that it would not start again.
         "53400" => Remedy::act(
-            "raise max_replication_slots above what SHOW max_replication_slots says (standbys first), and restart PostgreSQL",
+            "raise max_replication_slots above what SHOW max_replication_slots says, standbys first, and restart \
+             PostgreSQL",
         ),
         "58P01" => {
             Remedy::act("the slot's WAL is gone: reconcile from the table, then drop the slot and run `pgoutbox init`")

@@ -154,8 +154,8 @@ impl Progress {
         self.caution.is_on()
     }
 
-    /// A session ended, by the broker's doing. One that refuses a message still does so when the next session ends otherwise,
-    /// by its doing or by Postgres', before the message is reached again.
+    /// A session ended, by the broker's doing. A message that it refused is still to be proven when the next session ends
+    /// otherwise before that one is reached again.
     pub fn be_cautious(&mut self, caution: Caution) {
         if caution.until.is_some() || self.caution.until.is_none() || !self.caution.is_on() {
             self.caution = caution;

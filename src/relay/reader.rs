@@ -264,8 +264,8 @@ impl<S: Source> Reader<'_, S> {
         }))
     }
 
-    /// A row of a partition that came after the stream began, or of a table that is gone: the catalog knows. But a commit that
-    /// waits for a synchronous standby is in the stream before the catalog shows what it made.
+    /// A row of a partition that came after the stream began, or of a table that is gone: the catalog knows. But a commit
+    /// that waits for a synchronous standby is in the stream before the catalog shows what it made.
     async fn look_up(&mut self, bytes: Bytes) -> Result<Option<Item>, Error> {
         for look in 0..LOOKUPS {
             if look > 0 {
