@@ -18,7 +18,7 @@ const DEPTH_MAX: usize = 16;
 const BEYOND_I64: f64 = 9_223_372_036_854_775_808.0;
 
 /// Names that mean something to the broker or to this relay. Compared without regard to case.
-const RESERVED: [&str; 10] = [
+const RESERVED: [&str; 11] = [
     "cc",
     "bcc",
     "aggregatetype",
@@ -29,6 +29,8 @@ const RESERVED: [&str; 10] = [
     "x-stream-filter-value",
     "x-stream-offset",
     "x-message-ttl",
+    // Federation forwards nothing that has come its way already.
+    "x-received-from",
 ];
 
 /// Beginnings of such names.
@@ -129,8 +131,18 @@ mod tests {
 
     #[test]
     fn names_that_steer_the_broker_are_refused() {
-        for name in ["CC", "BCC", "cc", "x-death", "x-delay", "x-first-death-queue", "x-outbox-lsn", "X-Outbox-Seq", ""]
-        {
+        for name in [
+            "CC",
+            "BCC",
+            "cc",
+            "x-death",
+            "x-delay",
+            "x-first-death-queue",
+            "x-received-from",
+            "x-outbox-lsn",
+            "X-Outbox-Seq",
+            "",
+        ] {
             assert!(read_all(&format!("{{\"{name}\":[\"secret\"]}}")).is_err(), "{name}");
         }
         assert!(read_all(&format!("{{\"{}\":1}}", "n".repeat(256))).is_err());

@@ -194,7 +194,7 @@ impl<K: Sink> Publisher<'_, K> {
             self.window.empty().await;
             let is_still_on = progress::lock(self.progress).proven(&id);
             if !is_still_on && self.metrics.taken() {
-                tracing::info!(%id, "the broker takes what it had refused; going on");
+                tracing::info!(id = %id.escape_debug(), "the broker takes what it had refused; going on");
             }
         }
         Ok(true)
@@ -233,7 +233,10 @@ impl<K: Sink> Publisher<'_, K> {
 /// What no broker can take is a row's fault, and only here is known which row's.
 fn at(position: Position, error: sink::Error) -> Error {
     match error {
-        sink::Error::Undeliverable { id, problem } => outbox::Error::Row { position, id, problem }.into(),
+        sink::Error::Undeliverable { id, problem } => {
+            // A log has one line for it, whatever it holds.
+            outbox::Error::Row { position, id: id.escape_debug().to_string(), problem }.into()
+        }
         error => error.into(),
     }
 }

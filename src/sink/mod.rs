@@ -135,7 +135,7 @@ pub enum Error {
         after: Duration,
     },
     /// The broker refused a message that is possible: it may take it later.
-    #[error("message {id} was refused: {refusal}")]
+    #[error("message {} was refused: {refusal}", .id.escape_debug())]
     Refused {
         /// The message's id.
         id: String,
@@ -143,7 +143,7 @@ pub enum Error {
         refusal: Refusal,
     },
     /// The message can never be taken as it is.
-    #[error("message {id} cannot be delivered: {problem}")]
+    #[error("message {} cannot be delivered: {problem}", .id.escape_debug())]
     Undeliverable {
         /// The message's id.
         id: String,

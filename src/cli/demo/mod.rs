@@ -72,14 +72,20 @@ pub(super) async fn run(arguments: &Arguments) -> Result<(), Error> {
     screen.say("Two services write orders and users into Postgres; two others receive them from RabbitMQ.");
     screen.say("starting a private PostgreSQL and a private RabbitMQ; yours, if any, are not touched");
     let begun = Instant::now();
-    // Cancelled, the servers' own threads end what they started, and the runtime waits for them.
+    let mut starting = std::pin::pin!(start_servers());
     let servers = tokio::select! {
         biased;
         _ = interrupts.wait_for(|count| *count > 0) => None,
-        servers = start_servers() => Some(servers),
+        servers = &mut starting => Some(servers),
     };
     let Some(servers) = servers else {
         screen.say("interrupted; stopping what was started");
+        // What is half started nobody can stop: it is waited for, unless somebody cannot wait.
+        tokio::select! {
+            biased;
+            _ = interrupts.wait_for(|count| *count > 1) => {}
+            servers = starting => block_in_place(|| drop(servers)),
+        }
         return Ok(());
     };
     let (postgres, rabbitmq) = servers.inspect_err(|error| {
@@ -263,7 +269,9 @@ async fn start_servers() -> Result<(Postgres, RabbitMq), Error> {
     let (postgres, rabbitmq) = (spawn_blocking(|| Postgres::start(&[])), spawn_blocking(RabbitMq::start));
     let postgres = async { Ok::<_, Error>(postgres.await.map_err(failed("starting PostgreSQL"))??) };
     let rabbitmq = async { Ok::<_, Error>(rabbitmq.await.map_err(failed("starting RabbitMQ"))??) };
-    tokio::try_join!(postgres, rabbitmq)
+    // Both to their end, also when one fails: what a thread has begun goes on without us.
+    let (postgres, rabbitmq) = tokio::join!(postgres, rabbitmq);
+    Ok((postgres?, rabbitmq?))
 }
 
 /// SIGINT, SIGTERM and SIGHUP, counted.

@@ -172,6 +172,11 @@ impl Address {
         })
     }
 
+    /// Whether the broker makes a user's name of our certificate: no name was given, and no other mechanism allowed.
+    pub(super) fn is_by_certificate(&self) -> bool {
+        self.mechanisms == [Mechanism::External] && self.user == GUEST
+    }
+
     /// Who we are there.
     pub fn user(&self) -> &str {
         &self.user

@@ -90,14 +90,16 @@ impl Api {
 
     async fn get(&self, path: &str) -> Result<Json, String> {
         let Self { host, port, prefix, .. } = self;
-        let place = format!("{host}:{port}");
+        let place = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
         let reached = timeout(ANSWER_TIMEOUT, TcpStream::connect((host.as_str(), *port))).await;
         let socket = reached.map_err(|_| "no answer".to_owned()).and_then(|socket| socket.map_err(|e| e.to_string()));
         let socket = socket.map_err(|problem| format!("no management API at {place}: {problem}"))?;
         let (path, authorization) = (format!("{prefix}/api{path}"), Some(self.authorization.as_str()));
         let answer = match &self.tls {
             Some(wanted) => {
-                let stream = tls::secure(socket, &self.address, wanted).await?;
+                let securing = timeout(ANSWER_TIMEOUT, tls::secure(socket, &self.address, wanted)).await;
+                let stream =
+                    securing.map_err(|_| format!("no TLS with the management API at {place}: no answer"))??;
                 ask(stream, &place, &path, authorization).await
             }
             None => ask(socket, &place, &path, authorization).await,
@@ -114,10 +116,9 @@ impl Api {
         let (vhost, name) = (escaped(&account.vhost), escaped(&account.exchange));
         let exchange = self.get(&format!("/exchanges/{vhost}/{name}")).await?;
         if exchange.is_null() {
-            return Ok(vec![Look::sound(format!(
-                "queues behind exchange {}: it is still to be declared",
-                account.exchange
-            ))]);
+            // Where it is not ours to declare, its absence was told already.
+            let still = format!("queues behind exchange {}: it is still to be declared", account.exchange);
+            return Ok(account.declare.then(|| Look::sound(still)).into_iter().collect());
         }
         let bindings = self.get(&format!("/exchanges/{vhost}/{name}/bindings/source")).await?;
         let bindings: Vec<Binding> = bindings.as_array().into_iter().flatten().map(binding).collect();
@@ -133,7 +134,11 @@ impl Api {
         for name in queues.into_iter().take(QUEUES_MAX) {
             let queue = self.get(&format!("/queues/{vhost}/{}", escaped(name))).await?;
             let is_awaited = is_alone || account.queues.contains(name);
-            looks.push(keeping(name, &queue, is_awaited));
+            looks.push(if queue.is_null() {
+                Look::note(format!("queue {name}"), "not looked at: it is not there any more", Remedy::default())
+            } else {
+                keeping(name, &queue, is_awaited)
+            });
         }
         Ok(looks)
     }

@@ -149,7 +149,13 @@ impl Probe {
         if found.is_wrong() {
             return vec![found];
         }
-        let may_publish = match self.publishing().await {
+        let mut looks = vec![found];
+        // Before anything is published: a broker that blocks publishers answers nothing from then on.
+        for name in self.account.queues.clone() {
+            let look = self.queue(&name).await;
+            looks.push(look.unwrap_or_else(|error| Look::wrong(format!("queue {name}"), finding(&error))));
+        }
+        looks.push(match self.publishing().await {
             Ok(look) => look,
             Err(_) if self.metrics.is_blocked() => Look::note(
                 publishing,
@@ -157,12 +163,7 @@ impl Probe {
                 Remedy::shell("rabbitmq-diagnostics alarms"),
             ),
             Err(error) => Look::wrong(publishing, finding(&error)),
-        };
-        let mut looks = vec![found, may_publish];
-        for name in self.account.queues.clone() {
-            let look = self.queue(&name).await;
-            looks.push(look.unwrap_or_else(|error| Look::wrong(format!("queue {name}"), finding(&error))));
-        }
+        });
         looks
     }
 
@@ -203,7 +204,8 @@ impl Probe {
             Taken::Refused(close) if close.code == NOT_FOUND && self.account.declare => {
                 let in_vain = |out: &mut BytesMut| wire::exchange_declare_in_vain(out, &name);
                 match self.take("declaring the exchange in vain", in_vain, declared).await? {
-                    Taken::Refused(close) if close.code != PRECONDITION_FAILED => close,
+                    // The type is refused with the same code as one exchange too many.
+                    Taken::Refused(close) if close.code != PRECONDITION_FAILED || close.text.contains("limit") => close,
                     _ => return Ok(Look::sound(format!("{what}, which may be declared"))),
                 }
             }

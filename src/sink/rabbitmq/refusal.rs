@@ -35,7 +35,12 @@ pub(super) struct Account {
     pub(super) queues: Vec<String>,
     /// RabbitMQ lets that user in from its own machine only.
     pub(super) is_guest_from_afar: bool,
+    /// The broker makes a user's name of our certificate, and only its words tell which.
+    pub(super) is_by_certificate: bool,
 }
+
+/// What stands where a user's name would.
+const OF_CERTIFICATE: &str = "of the client certificate";
 
 /// The patterns that a relay's user needs: configure, write, read. To look at a queue, RabbitMQ asks for any of the three
 /// (since 4.3.1), and writing without reading binds and takes nothing.
@@ -72,9 +77,11 @@ pub fn set_permissions(vhost: &str, user: &str, exchange: &str, queues: &[String
 
 impl Account {
     pub(super) fn of(address: &Address, settings: &Settings) -> Self {
+        let is_by_certificate = address.is_by_certificate();
         Self {
             host: address.to_string(),
-            user: address.user.clone(),
+            user: if is_by_certificate { OF_CERTIFICATE.to_owned() } else { address.user.clone() },
+            is_by_certificate,
             vhost: address.vhost.clone(),
             exchange: settings.exchange.clone(),
             declare: settings.declare,
@@ -96,7 +103,7 @@ impl Account {
         let Fault::Closed(close) = fault else { return Error::Broken(explain(fault)) };
         match (close.code, close.method) {
             // As it is, neither can be mended by waiting.
-            (406, DECLARE) => Error::Setup(self.other_exchange()),
+            (406, DECLARE) if close.text.contains("inequivalent arg") => Error::Setup(self.other_exchange(&close.text)),
             (406, PUBLISH) if close.text.contains("larger than") => Error::Setup(Finding::new(
                 sentence(&close.text),
                 Remedy::act(
@@ -116,20 +123,33 @@ impl Account {
                 "leave out the `/` at the end of rabbitmq.url, which names the vhost of the empty name; the vhost / is /%2F \
                  or nothing at all",
             ),
-            530 if text.contains("not found") => Remedy::shell(format!("rabbitmqctl add_vhost {}", word(vhost)))
-                .then_shell(self.set_permissions())
-                .mind("Or check the vhost of rabbitmq.url"),
-            530 if text.contains("user connection limit") => {
-                Remedy::shell(format!("rabbitmqctl clear_user_limits {} max-connections", word(user)))
+            530 if text.contains("frame_max") => {
+                Remedy::act("leave frame_max out of rabbitmq.url, or set it to 8192 at least")
+            }
+            530 if text.contains("not found") => {
+                let permitted = self.permit(text);
+                let made = Remedy::shell(format!("rabbitmqctl add_vhost {}", word(vhost)));
+                permitted.steps().iter().cloned().fold(made, Remedy::then).mind("Or check the vhost of rabbitmq.url")
+            }
+            530 if text.contains("user connection limit") => match self.who(text) {
+                Some(user) => Remedy::shell(format!("rabbitmqctl clear_user_limits {} max-connections", word(user))),
+                None => Remedy::act("raise that limit, or close connections"),
+            },
+            530 if text.contains("node connection limit") => {
+                Remedy::act("raise connection_max in the broker's configuration, or close connections")
             }
             530 if text.contains("connection limit") => {
                 Remedy::shell(format!("rabbitmqctl clear_vhost_limits -p {}", word(vhost)))
             }
-            530 if text.contains("refused") => self.permit(),
+            530 if text.contains("refused") => self.permit(text),
             403 if self.is_guest_from_afar => Remedy::shell(format!("rabbitmqctl add_user {USER}"))
                 .then_shell(set_permissions(vhost, USER, &self.exchange, &self.queues, self.declare))
                 .then_act(format!("put {USER} and its password into rabbitmq.url"))
                 .mind("RabbitMQ lets guest in from its own machine only"),
+            403 if self.is_by_certificate => Remedy::act(
+                "see in the broker's log which user it takes the certificate for, and add that one: rabbitmqctl add_user; \
+                 ssl_cert_login_from says which part of the certificate it is",
+            ),
             403 => Remedy::shell(format!("rabbitmqctl change_password {}", word(user))).mind(format!(
                 "Or check user, password, vhost and permissions of rabbitmq.url; a user that does not exist looks the \
                  same: rabbitmqctl add_user {}",
@@ -144,6 +164,14 @@ impl Account {
         let Self { user, exchange, .. } = self;
         let text = sentence(&close.text);
         Some(match (close.code, close.method) {
+            (403, DECLARE) if text.contains("reserved prefix") => Finding::new(
+                format!("exchange {exchange} has a name that is the broker's own: {text}"),
+                Remedy::act("set rabbitmq.exchange to a name that does not begin with amq."),
+            ),
+            (406, DECLARE) => Finding::new(
+                format!("the broker does not declare exchange {exchange}: {text}"),
+                Remedy::act("raise that limit, or delete exchanges that nobody needs"),
+            ),
             (404, DECLARE | PUBLISH) => Finding::new(
                 format!("exchange {exchange} does not exist"),
                 Remedy::setting("rabbitmq.declare", "true")
@@ -155,56 +183,66 @@ impl Account {
             ),
             (403, PUBLISH) if is_about_topic(close) => Finding::new(
                 format!("the broker lets user {user} publish to exchange {exchange} with some routing keys only: {text}"),
-                Remedy::shell(format!(
-                    "rabbitmqctl clear_topic_permissions -p {} {} {}",
-                    word(&self.vhost),
-                    word(user),
-                    word(exchange)
-                ))
+                match self.who(text) {
+                    Some(user) => Remedy::shell(format!(
+                        "rabbitmqctl clear_topic_permissions -p {} {} {}",
+                        word(&self.vhost),
+                        word(user),
+                        word(exchange)
+                    )),
+                    None => Remedy::act("clear that user's topic permissions"),
+                }
                 .mind("Or set_topic_permissions with a pattern that has every key of rabbitmq.routing_key"),
             ),
             (403, LOOK_AT_QUEUE) => Finding::new(
                 format!("the broker does not let user {user} look at a queue of rabbitmq.queues: {text}"),
-                self.permit(),
+                self.permit(text),
             ),
             (_, LOOK_AT_QUEUE) => absent(text),
             (403, DECLARE) if self.declare => Finding::new(
                 format!("the broker does not let user {user} declare exchange {exchange}"),
-                self.permit().mind(
+                self.permit(text).mind(
                     "Or, where the exchange exists, set rabbitmq.declare=false. The line replaces what the user may do in \
                      this vhost",
                 ),
             ),
             (403, DECLARE) => Finding::new(
                 format!("the broker does not let user {user} look at exchange {exchange}"),
-                self.permit().mind(
+                self.permit(text).mind(
                     "RabbitMQ 4.2.6 and 4.3.0 ask for the permission to configure it, the first pattern, where others ask \
                      for none or any: update it. The line replaces what the user may do in this vhost",
                 ),
             ),
             (403, PUBLISH) => Finding::new(
                 format!("the broker does not let user {user} publish to exchange {exchange}"),
-                self.permit(),
+                self.permit(text),
             ),
             _ => return None,
         })
     }
 
     /// An exchange of the name that is not what would be declared.
-    pub(super) fn other_exchange(&self) -> Finding {
+    fn other_exchange(&self, text: &str) -> Finding {
         Finding::new(
-            format!("exchange {} exists and is not a durable topic exchange", self.exchange),
+            format!("exchange {} exists and is not a durable topic exchange: {}", self.exchange, sentence(text)),
             Remedy::setting("rabbitmq.declare", "false")
                 .mind("It is then used as it is; or choose another rabbitmq.exchange"),
         )
     }
 
-    fn set_permissions(&self) -> String {
-        set_permissions(&self.vhost, &self.user, &self.exchange, &self.queues, self.declare)
+    /// Whom the broker refuses: by its own words, or by ours.
+    fn who<'a>(&'a self, text: &'a str) -> Option<&'a str> {
+        let named = text.split_once("for user '").and_then(|(_, rest)| rest.rsplit_once('\'')).map(|(user, _)| user);
+        named.or((!self.is_by_certificate).then_some(self.user.as_str()))
     }
 
-    fn permit(&self) -> Remedy {
-        Remedy::shell(self.set_permissions()).mind("The line replaces what the user may do in this vhost")
+    fn permit(&self, text: &str) -> Remedy {
+        let permit = |user: &str| set_permissions(&self.vhost, user, &self.exchange, &self.queues, self.declare);
+        let remedy = match self.who(text) {
+            Some(user) => Remedy::shell(permit(user)),
+            None => Remedy::act(format!("as that user, whom the broker's log names: {}", permit("USER"))),
+        };
+        remedy.mind("The line replaces what the user may do in this vhost")
     }
 }
 
@@ -245,7 +283,46 @@ mod tests {
     fn account(is_guest_from_afar: bool) -> Account {
         let text = |text: &str| text.to_owned();
         let (host, user, vhost, exchange) = (text("rabbit:5672"), text("relay"), text("/"), text("out.box"));
-        Account { host, user, vhost, exchange, declare: true, queues: Vec::new(), is_guest_from_afar }
+        let (queues, is_by_certificate) = (Vec::new(), false);
+        Account { host, user, vhost, exchange, declare: true, queues, is_guest_from_afar, is_by_certificate }
+    }
+
+    #[test]
+    fn a_certificates_user_is_the_one_whom_the_broker_names() {
+        let account = Account { user: OF_CERTIFICATE.to_owned(), is_by_certificate: true, ..account(false) };
+        let close = |code, text: &str, method| Close { code, text: text.to_owned(), method };
+        let named =
+            "ACCESS_REFUSED - configure access to exchange 'out.box' in vhost '/' refused for user 'CN=it's,O=x'";
+        let found = account.refused(&close(403, named, DECLARE)).unwrap();
+        let step = found.remedy.steps()[0].text();
+        assert!(step.starts_with(r"rabbitmqctl set_permissions -p / 'CN=it'\''s,O=x' "), "{step}");
+        for text in ["ACCESS_REFUSED - Login was refused using authentication mechanism EXTERNAL", "x refused"] {
+            for code in [403, 530] {
+                let steps = account.refused_entry(&close(code, text, (0, 0))).remedy.steps().to_vec();
+                assert!(!steps.is_empty() && steps.iter().all(|step| step.place() == "do"), "{code} {text}: {steps:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn limits_are_told_apart_from_rights_and_from_what_is_there() {
+        let account = account(false);
+        let close = |code, text: &str, method| Close { code, text: text.to_owned(), method };
+        let entry = |text: &str| account.refused_entry(&close(530, text, (0, 0))).remedy.steps()[0].text();
+        let node = entry("NOT_ALLOWED - connection refused: node connection limit (5000) is reached");
+        assert!(node.contains("connection_max"), "{node}");
+        let vhost =
+            entry("NOT_ALLOWED - access to vhost '/' refused for user 'relay': connection limit (5) is reached");
+        assert_eq!(vhost, "rabbitmqctl clear_vhost_limits -p /");
+        let frame = entry("NOT_ALLOWED - negotiated frame_max = 4096 is lower than the minimum allowed value (8192)");
+        assert!(frame.contains("8192"), "{frame}");
+        let declared = |code, text: &str| account.failure(&Fault::Closed(close(code, text, DECLARE)));
+        let limit = "PRECONDITION_FAILED - cannot declare exchange 'x' in vhost '/': exchange limit of 10 is reached";
+        let other = "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'x' in vhost '/'";
+        assert!(matches!(declared(406, limit), Error::Lacking(found) if found.problem.contains("limit of 10")));
+        assert!(matches!(declared(406, other), Error::Setup(found) if found.problem.contains("inequivalent arg")));
+        let reserved = "ACCESS_REFUSED - exchange name 'amq.x' contains reserved prefix 'amq.*'";
+        assert!(matches!(declared(403, reserved), Error::Lacking(found) if found.problem.contains("broker's own")));
     }
 
     #[test]

@@ -333,6 +333,7 @@ mod tests {
             declare: true,
             queues: Vec::new(),
             is_guest_from_afar: false,
+            is_by_certificate: false,
         };
         (Session::start(opened, account, Arc::new(Metrics::new())), theirs)
     }
