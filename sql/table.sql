@@ -11,4 +11,5 @@ create table {table} (
   created_at    timestamptz not null default now()
 );
 -- The application's role writes to it, and cleans up, and needs nothing of pgoutbox:
+--   grant usage on schema {schema} to <application>;
 --   grant select, insert, delete on {table} to <application>;

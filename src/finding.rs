@@ -17,7 +17,7 @@ pub fn called_with(arguments: String) {
 }
 
 /// `pgoutbox VERB ...` with them behind the verb: what a step sets itself comes later, and wins.
-fn as_called(command: &str) -> String {
+pub fn as_called(command: &str) -> String {
     with_arguments(command, CALLED_WITH.get().map_or("", String::as_str))
 }
 

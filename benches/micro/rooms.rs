@@ -170,8 +170,8 @@ impl Source for Changes {
         std::future::ready(Ok(()))
     }
 
-    fn tables(&mut self) -> impl Future<Output = Result<Tables, pg::Error>> + Send {
-        std::future::ready(Ok(tables()))
+    fn tables(&mut self, _xid: u32) -> impl Future<Output = Result<(Tables, bool), pg::Error>> + Send {
+        std::future::ready(Ok((tables(), true)))
     }
 
     fn finish(self, _status: Status) -> impl Future<Output = Result<(), pg::Error>> + Send {

@@ -25,12 +25,12 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
+    if let Some(slot) = &world.slot {
+        ours(slot, &names.slot, &world)?;
+    }
     if let Some(pid) = world.slot.as_ref().and_then(|slot| slot.active_pid) {
         let text = format!("slot {} is in use (walsender {pid}). Remedy: stop the relay first", names.slot);
         return Err(Error::Found(text));
-    }
-    if let Some(slot) = &world.slot {
-        ours(slot, &names.slot, &world)?;
     }
     if world.slot.is_none() && world.publication.is_none() {
         let (slot, publication) = (&names.slot, &names.publication);

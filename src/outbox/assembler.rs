@@ -63,6 +63,7 @@ enum Owner {
 #[derive(Debug)]
 struct Open {
     transaction: Transaction,
+    xid: u32,
     rows: u64,
 }
 
@@ -94,6 +95,11 @@ impl Assembler {
         self.open.is_some()
     }
 
+    /// The number of the open transaction; none when none is.
+    pub fn xid(&self) -> Option<u32> {
+        self.open.as_ref().map(|open| open.xid)
+    }
+
     /// The catalog was asked again.
     pub fn set_tables(&mut self, tables: Tables) {
         self.relations.iter_mut().for_each(|(oid, known)| known.owner = tables.owner(*oid));
@@ -116,7 +122,7 @@ impl Assembler {
                     )));
                 }
                 let transaction = Transaction::new(begin.final_lsn, begin.commit_time);
-                self.open = Some(Open { transaction, rows: 0 });
+                self.open = Some(Open { transaction, xid: begin.xid, rows: 0 });
                 Ok(None)
             }
             Change::Commit(commit) => {

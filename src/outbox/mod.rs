@@ -16,7 +16,7 @@ pub use mapping::{ColumnNames, Mapping};
 pub use message::{HeaderValue, Message};
 pub use template::Template;
 
-use crate::finding::Finding;
+use crate::finding::{Finding, as_called};
 use crate::lsn::Lsn;
 use crate::pg::pgoutput;
 use crate::retry::Retry;
@@ -62,7 +62,8 @@ pub enum Error {
          a partition of it nor as another table of the publication: it was dropped, detached or taken out of the \
          publication before its rows were read. Remedy: if it is still there, attach it or add it again and restart; else \
          only the write-ahead log has its rows: save what matters of pg_logical_slot_peek_binary_changes, drop the slot \
-         and run `pgoutbox init`"
+         and run `{}`",
+        as_called("pgoutbox init")
     )]
     UnknownTable {
         /// Its OID.
@@ -75,7 +76,8 @@ pub enum Error {
         "table {name} was dropped and re-created: rows of its OID {oid} follow, which is not the table's of when the stream \
          began. Remedy: reconcile from the table what was committed to it before it joined the publication, then restart. \
          If it stops here again, the rows that follow are those of the dropped table, and only the write-ahead log has \
-         them: save what matters of pg_logical_slot_peek_binary_changes, drop the slot and run `pgoutbox init`"
+         them: save what matters of pg_logical_slot_peek_binary_changes, drop the slot and run `{}`",
+        as_called("pgoutbox init")
     )]
     Recreated {
         /// Its new OID.
@@ -99,18 +101,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the stream is sound, and a row or its table is not: what came before it counts.
-    pub fn is_of_a_row(&self) -> bool {
-        !matches!(self, Error::Decode(_) | Error::Order(_))
-    }
-
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
             Error::Decode(_) | Error::Order(_) => Retry::Later,
-            // It may be one whose commit still waits for a standby: how long that is waited for, the relay knows.
-            Error::UnknownTable { .. } => Retry::Later,
-            Error::Recreated { .. } | Error::Columns(_) | Error::Row { .. } => Retry::Never,
+            Error::UnknownTable { .. } | Error::Recreated { .. } | Error::Columns(_) | Error::Row { .. } => {
+                Retry::Never
+            }
         }
     }
 }

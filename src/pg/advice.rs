@@ -3,7 +3,7 @@
 //! The trap: advice that is always there is read once. What is as it should be says so in its line and is no note.
 
 use super::world::{Names, World, identifier, literal, version};
-use crate::finding::{Finding, Look, Remedy, word};
+use crate::finding::{Finding, Look, Remedy, as_called, word};
 
 /// What is asked about settings.
 pub const SETTINGS: [&str; 3] = ["max_slot_wal_keep_size", "wal_sender_timeout", "synchronized_standby_slots"];
@@ -108,7 +108,8 @@ impl Circumstances {
         }
         if world.version < FAILOVER_SLOTS {
             let problem = format!("slots do not survive one before PostgreSQL 17, and there are standbys: {listed}");
-            let remedy = Remedy::default().mind("After one: `pgoutbox init`, and reconcile from the table");
+            let init = as_called("pgoutbox init");
+            let remedy = Remedy::default().mind(format!("After one: `{init}`, and reconcile from the table"));
             return Some(Look::note(what, problem, remedy));
         }
         if slot.failover != Some(true) {

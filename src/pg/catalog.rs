@@ -178,6 +178,19 @@ impl Control {
         rows.first().map(slot).transpose()
     }
 
+    /// Whether what this transaction did can be seen by now. One whose commit waits for a synchronous standby is in the log,
+    /// and in nobody's sight.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn is_visible(&self, xid: u32) -> Result<bool, Error> {
+        // The log has the lower half of a transaction's number; its upper half is that of the next one to come, or one less.
+        let sql = "select pg_catalog.pg_visible_in_snapshot((case when near <= next then near else near - 4294967296 \
+            end)::text::xid8, now) from (select now, next, next - next % 4294967296 + $1::int8 as near from (select now, \
+            pg_catalog.pg_snapshot_xmax(now)::text::int8 + 1000000 as next from pg_catalog.pg_current_snapshot() now) a) b";
+        Ok(self.one(sql, &[&i64::from(xid)]).await?.try_get(0)?)
+    }
+
     /// Who streams by this walsender, as far as this role may see.
     ///
     /// # Errors
@@ -227,10 +240,8 @@ impl Control {
             "null, null, false"
         };
         let tables = format!(
-            "select c.oid, pg_catalog.format('%I.%I', p.schemaname, p.tablename), \
-             exists (select from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication b on b.oid = r.prpubid \
-             where r.prrelid = c.oid and b.pubname = p.pubname), {filters} from pg_catalog.pg_publication_tables p \
-             join pg_catalog.pg_namespace n on n.nspname = p.schemaname \
+            "select c.oid, pg_catalog.format('%I.%I', p.schemaname, p.tablename), {filters} \
+             from pg_catalog.pg_publication_tables p join pg_catalog.pg_namespace n on n.nspname = p.schemaname \
              join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename where p.pubname = $1"
         );
         let with_filters = version >= VERSION_WITH_FILTERS;
@@ -238,18 +249,23 @@ impl Control {
             Ok(Published {
                 oid: row.try_get(0)?,
                 name: row.try_get(1)?,
-                is_member: row.try_get(2)?,
-                is_by_schema: row.try_get(5)?,
-                columns: if with_filters { row.try_get(3)? } else { None },
-                row_filter: if with_filters { row.try_get(4)? } else { None },
+                columns: if with_filters { row.try_get(2)? } else { None },
+                row_filter: if with_filters { row.try_get(3)? } else { None },
+                is_by_schema: row.try_get(4)?,
             })
         };
+        let members = "select c.oid, pg_catalog.format('%I.%I', n.nspname, c.relname) \
+            from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication b on b.oid = r.prpubid \
+            join pg_catalog.pg_class c on c.oid = r.prrelid join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+            where b.pubname = $1 order by c.oid";
+        let member = |row: &Row| -> Result<(u32, String), Error> { Ok((row.try_get(0)?, row.try_get(1)?)) };
         Ok(Some(Publication {
             inserts: row.try_get(0)?,
             via_root: row.try_get(1)?,
             all_tables: row.try_get(2)?,
             more_than_inserts: row.try_get(3)?,
             tables: self.all(&tables, &[&name]).await?.iter().map(published).collect::<Result<_, _>>()?,
+            members: self.all(members, &[&name]).await?.iter().map(member).collect::<Result<_, _>>()?,
         }))
     }
 

@@ -329,6 +329,12 @@ pub fn take_frame(incoming: &mut BytesMut, frame_bytes_max: usize) -> Result<Opt
         return Ok(None);
     }
     let mut body = incoming.split_to(1 + length).freeze();
+    if body.len() > READ_BYTES {
+        // Frames are slices of one buffer: one of a hundred bytes would keep that of a megabyte before it alive.
+        let rest = incoming.split();
+        incoming.reserve(READ_BYTES.max(rest.len()));
+        incoming.extend_from_slice(&rest);
+    }
     body.advance(5);
     Ok(Some(Frame { tag, body }))
 }
@@ -386,6 +392,33 @@ mod tests {
             assert!(matches!(connection.read().await, Err(Error::Protocol(_))), "{length}");
             assert!(connection.incoming.capacity() <= 2 * READ_BYTES);
         }
+    }
+
+    #[tokio::test]
+    async fn a_small_frame_does_not_stand_in_the_buffer_of_a_large_one() {
+        let (mut connection, mut peer) = pair().await;
+        connection.frame_bytes_max = FRAME_BYTES_MAX;
+        let sizes = [1_000_000, 10, 20, 500_000, 30];
+        let frame =
+            |bytes: usize| [&b"d"[..], &u32::try_from(bytes + 4).unwrap().to_be_bytes(), &vec![b'x'; bytes]].concat();
+        let frames = sizes.map(frame).concat();
+        let writing = tokio::spawn(async move {
+            peer.write_all(&frames).await.unwrap();
+            peer
+        });
+        let mut before: Option<(usize, usize)> = None;
+        for bytes in sizes {
+            let body = connection.read().await.unwrap().body;
+            assert!(body.len() == bytes && body.iter().all(|byte| *byte == b'x'), "{bytes}");
+            let begins = body.as_ptr() as usize;
+            if let Some((end, _)) = before.filter(|(_, length)| *length > READ_BYTES) {
+                assert_ne!(begins, end + 5, "{bytes} bytes behind a large frame");
+            }
+            before = Some((begins + body.len(), body.len()));
+            // It lives on, as a message in flight does.
+            std::mem::forget(body);
+        }
+        drop(writing.await);
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 
 use super::{pgoutput, refusal};
-use crate::finding::{Finding, Remedy, explain};
+use crate::finding::{Finding, Remedy, as_called, explain};
 use crate::retry::Retry;
 
 /// Why a session with Postgres ended or did not begin.
@@ -49,9 +49,13 @@ pub enum Error {
     #[error(
         "Postgres skips rows: {0}. The publication did not exist for a part of the write-ahead log that is still to be \
          read; its rows are in the table but not in the stream. Remedy: reconcile from the table, then drop the slot and \
-         run `pgoutbox init`"
+         run `{init}`",
+        init = as_called("pgoutbox init")
     )]
     PublicationSkipped(ServerError),
+    /// The server did not get to an answer in the time it was given, mostly for a lock that others hold.
+    #[error("a look at Postgres did not come off: {0}. Remedy: see in pg_locks who holds the outbox, and wait for it")]
+    Late(String),
     /// Control SQL failed without an answer from the server.
     #[error("a query on Postgres failed")]
     Sql(#[source] tokio_postgres::Error),
@@ -190,14 +194,10 @@ impl ServerError {
         match self.code() {
             "XX000" => self.message().contains("invalid memory alloc request size"),
             "54000" => self.field(b'R') == Some("enlargeStringInfo"),
-            "22P05" | "22021" => true,
+            // Of a stream. An SQL connection may have put a name that has no such form into a query.
+            "22P05" | "22021" => self.field(b'R').is_some(),
             _ => false,
         }
-    }
-
-    /// The server did not get to an answer in the time it was given, mostly for a lock that others hold.
-    pub fn is_late(&self) -> bool {
-        matches!(self.code(), "55P03" | "57014")
     }
 
     fn retry(&self) -> Retry {
@@ -230,6 +230,7 @@ impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         match error.as_db_error() {
             Some(db) if db.code().code().starts_with("57P") => Error::GoingAway(db.message().to_owned()),
+            Some(db) if matches!(db.code().code(), "55P03" | "57014") => Error::Late(db.message().to_owned()),
             Some(db) => Error::Server(ServerError::from_sql(db)),
             None => Error::Sql(error),
         }

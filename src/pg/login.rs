@@ -314,7 +314,7 @@ fn bound_iterations(challenge: &[u8]) -> Result<(), String> {
     match rounds {
         Some(rounds) if rounds <= ITERATIONS_MAX => Ok(()),
         _ => Err(format!(
-            "the server asks for more than {ITERATIONS_MAX} SCRAM iterations. Remedy: where that is how the password was set, \
+            "the server asks for more than {ITERATIONS_MAX} SCRAM iterations. Remedy: if the password was set so, \
              SET scram_iterations = {ITERATIONS_MAX} and set it again"
         )),
     }

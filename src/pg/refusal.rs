@@ -119,13 +119,13 @@ pub(super) fn session(error: &ServerError) -> Option<Remedy> {
             "raise max_replication_slots above what SHOW max_replication_slots says, standbys first, and restart \
              PostgreSQL",
         ),
-        "58P01" => {
-            Remedy::act("the slot's WAL is gone: reconcile from the table, then drop the slot and run `pgoutbox init`")
-        }
+        "58P01" => Remedy::act("the slot's WAL is gone: reconcile from the table, then drop the slot")
+            .then_shell("pgoutbox init"),
         "42704" if error.message().contains("publication") => Remedy::act(
             "the publication did not exist for a part of the write-ahead log that is still to be read (creating it now \
-             does not help): reconcile from the table, then drop the slot and run `pgoutbox init`",
-        ),
+             does not help): reconcile from the table, then drop the slot",
+        )
+        .then_shell("pgoutbox init"),
         _ if error.is_undecodable_row() => Remedy::act(
             "a row can never be sent, since its text form exceeds 1 GB or is no UTF-8: skip its transaction with \
              pg_replication_slot_advance, after saving what it holds",

@@ -122,8 +122,10 @@ pub struct Publication {
     pub all_tables: bool,
     /// Whether partitions are announced as their root.
     pub via_root: bool,
-    /// Its tables.
+    /// What it publishes: a partitioned table's partitions, unless they are announced as their root.
     pub tables: Vec<Published>,
+    /// The tables that it names, as opposed to their schemas, their roots or all tables: OID, and schema and name, quoted.
+    pub members: Vec<(u32, String)>,
 }
 
 /// A row of `pg_publication_tables`.
@@ -133,8 +135,6 @@ pub struct Published {
     pub oid: u32,
     /// Schema and name, quoted.
     pub name: String,
-    /// Whether the publication names it, as opposed to its schema or its partitioned table.
-    pub is_member: bool,
     /// Whether the publication names its schema.
     pub is_by_schema: bool,
     /// Its column list, where the server has such.
@@ -319,7 +319,8 @@ impl World {
         let covering: Vec<&Published> =
             publication.tables.iter().filter(|published| announced.contains(&published.oid)).collect();
         let is_divided = table.kind == "p" && !publication.via_root;
-        let has_named_parts = is_divided && covering.iter().any(|published| published.is_member);
+        let is_part = |oid: u32| oid != table.oid && table.family.contains(&oid);
+        let has_named_parts = is_divided && publication.members.iter().any(|(oid, _)| is_part(*oid));
         if covering.len() < announced.len() {
             let add = if has_named_parts {
                 self.republish(names)
@@ -360,9 +361,9 @@ impl World {
             return Remedy::sql(format!("ALTER PUBLICATION {publication} SET TABLE {table}"));
         }
         let family = self.table.as_ref().map(|table| table.family.as_slice()).unwrap_or_default();
-        let tables = self.publication.iter().flat_map(|publication| &publication.tables);
-        let members = tables.filter(|published| published.is_member && family.contains(&published.oid));
-        let members: Vec<&str> = members.map(|published| published.name.as_str()).collect();
+        let members = self.publication.iter().flat_map(|publication| &publication.members);
+        let members = members.filter(|(oid, _)| family.contains(oid));
+        let members: Vec<&str> = members.map(|(_, name)| name.as_str()).collect();
         let (drop, add) = (format!("DROP TABLE {}", members.join(", ")), format!("ADD TABLE {table}"));
         Remedy::sql(format!(
             "BEGIN; ALTER PUBLICATION {publication} {drop}; ALTER PUBLICATION {publication} {add}; COMMIT"
@@ -471,6 +472,7 @@ mod tests {
                 all_tables: false,
                 via_root: true,
                 tables: vec![published(7)],
+                members: vec![(7, "public.t7".to_owned())],
             }),
             table: Some(Table {
                 oid: 7,
@@ -486,14 +488,7 @@ mod tests {
     }
 
     fn published(oid: u32) -> Published {
-        Published {
-            oid,
-            name: format!("public.t{oid}"),
-            is_member: true,
-            is_by_schema: false,
-            columns: None,
-            row_filter: None,
-        }
+        Published { oid, name: format!("public.t{oid}"), is_by_schema: false, columns: None, row_filter: None }
     }
 
     #[test]
@@ -595,7 +590,7 @@ mod tests {
     #[test]
     fn partitions_that_stay_published_when_they_are_detached_are_found() {
         type Publish = fn(&mut Publication);
-        let ways: [(Publish, &[&str]); 5] = [
+        let ways: [(Publish, &[&str]); 7] = [
             (|_| {}, &[]),
             (|publication| publication.via_root = true, &[]),
             (|p| p.all_tables = true, &["ALTER PUBLICATION pgoutbox SET (publish_via_partition_root = true);"]),
@@ -603,16 +598,28 @@ mod tests {
                 |p| p.tables[1].is_by_schema = true,
                 &["ALTER PUBLICATION pgoutbox SET (publish_via_partition_root = true);"],
             ),
-            (|p| p.tables[1].is_member = true, &["ALTER PUBLICATION pgoutbox SET TABLE public.outbox;"]),
+            (|p| p.members.push((9, "public.t9".to_owned())), &["ALTER PUBLICATION pgoutbox SET TABLE public.outbox;"]),
+            // Between the root and the leaves.
+            (
+                |p| p.members.push((10, "public.t10".to_owned())),
+                &["ALTER PUBLICATION pgoutbox SET TABLE public.outbox;"],
+            ),
+            (
+                |p| {
+                    p.members.push((10, "public.t10".to_owned()));
+                    p.tables.push(published(99));
+                },
+                &["BEGIN; ALTER PUBLICATION pgoutbox DROP TABLE public.t7, public.t10; \
+                   ALTER PUBLICATION pgoutbox ADD TABLE public.outbox; COMMIT;"],
+            ),
         ];
         for (number, (publish, mends)) in ways.into_iter().enumerate() {
             let mut world = sound();
             let table = world.table.as_mut().unwrap();
-            (table.kind, table.leaves, table.family) = ("p".to_owned(), vec![8, 9], vec![7, 8, 9]);
+            (table.kind, table.leaves, table.family) = ("p".to_owned(), vec![8, 9], vec![7, 8, 9, 10]);
             let publication = world.publication.as_mut().unwrap();
             publication.via_root = false;
-            let by_root = |oid| Published { is_member: false, ..published(oid) };
-            publication.tables = vec![by_root(8), by_root(9)];
+            publication.tables = vec![published(8), published(9)];
             publish(publication);
             if publication.via_root {
                 publication.tables = vec![published(7)];

@@ -55,10 +55,6 @@ const BETWEEN_BEGINNINGS: Duration = Duration::from_millis(1050);
 /// A session that lasted so long was a good one: the backoff begins anew.
 const GOOD_SESSION: Duration = Duration::from_secs(30);
 
-/// A table that the catalog does not know for so long was dropped, or is no partition any more: only people can help. Until
-/// then its commit may wait for a synchronous standby.
-const UNKNOWN_TABLE_MAX: Duration = Duration::from_secs(20);
-
 /// The same failure is logged again after this long.
 const REPEAT_LOG: Duration = Duration::from_secs(60);
 
@@ -87,8 +83,8 @@ pub trait Source: Send {
     /// Writes a status. Never cancelled.
     fn tell(&mut self, status: Status) -> impl Future<Output = Result<(), pg::Error>> + Send;
 
-    /// Asks the catalog again which tables are the outbox.
-    fn tables(&mut self) -> impl Future<Output = Result<Tables, pg::Error>> + Send;
+    /// Asks the catalog again which tables are the outbox; and whether all that this transaction did was visible before.
+    fn tables(&mut self, xid: u32) -> impl Future<Output = Result<(Tables, bool), pg::Error>> + Send;
 
     /// Tells the last status, ends the stream and sees the position arrive in the slot.
     fn finish(self, status: Status) -> impl Future<Output = Result<(), pg::Error>> + Send;
@@ -236,7 +232,6 @@ pub async fn run<D: Database, B: Broker>(
     let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
     let mut logged: Option<(String, Instant)> = None;
     let mut away_since: Option<Instant> = None;
-    let mut unknown: Option<(u32, Instant)> = None;
     loop {
         let began = Instant::now();
         let (frontier, settled) = (progress.frontier(), progress.settled());
@@ -254,7 +249,7 @@ pub async fn run<D: Database, B: Broker>(
         if matches!(error, Error::Sink(sink::Error::Timeout { .. })) {
             broker.pass_on();
         }
-        if error.retry() == Retry::Never || stays_unknown(&error, &mut unknown) {
+        if error.retry() == Retry::Never {
             return Err(error);
         }
         if progress.frontier() > frontier || began.elapsed() > GOOD_SESSION {
@@ -277,14 +272,6 @@ pub async fn run<D: Database, B: Broker>(
             () = tokio::time::sleep(wait) => {}
         }
     }
-}
-
-/// Whether the session ended by a table that the catalog has not known for too long.
-fn stays_unknown(error: &Error, unknown: &mut Option<(u32, Instant)>) -> bool {
-    let Error::Outbox(outbox::Error::UnknownTable { oid, .. }) = error else { return false };
-    let (_, since) = unknown.take_if(|(known, _)| known == oid).unwrap_or((*oid, Instant::now()));
-    *unknown = Some((*oid, since));
-    since.elapsed() > UNKNOWN_TABLE_MAX
 }
 
 fn note_refusal(error: &Error, metrics: &Metrics) {

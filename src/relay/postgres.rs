@@ -120,10 +120,14 @@ impl Postgres {
     /// Says once, ahead, what would take the slot away while nothing is wrong but the broker.
     fn warn(&mut self, world: &World) {
         if let Some(Look { what, verdict: Verdict::Note(finding) }) = idle_timeout(world) {
-            let text = format!("{what}: {finding}");
-            if self.said.insert(text.clone()) {
-                tracing::warn!("{text}");
-            }
+            self.say(&format!("{what}: {finding}"));
+        }
+    }
+
+    /// A warning, once.
+    fn say(&mut self, text: &str) {
+        if self.said.insert(text.to_owned()) {
+            tracing::warn!("{text}");
         }
     }
 
@@ -131,7 +135,7 @@ impl Postgres {
     fn watch(&self, mut control: Control, expected: Tables) -> Watch {
         let (names, metrics, mapping) = (self.names.clone(), self.metrics.clone(), self.mapping.clone());
         let settings = self.settings.clone();
-        let database = Postgres { settings, names, mapping, metrics, said: HashSet::new() };
+        let mut database = Postgres { settings, names, mapping, metrics, said: HashSet::new() };
         Box::pin(async move {
             let mut ticks = interval(WATCH_INTERVAL);
             loop {
@@ -149,18 +153,18 @@ impl Postgres {
     }
 
     /// One look at the world, which must still be the one that the stream was opened in.
-    async fn look(&self, control: &Control, expected: &Tables) -> Result<(), pg::Error> {
+    async fn look(&mut self, control: &Control, expected: &Tables) -> Result<(), pg::Error> {
+        // By itself: nobody's lock is in the way of that.
+        control.slot(&self.names.slot).await?.iter().for_each(|slot| self.measure(slot));
         let world = match self.inspect(control).await {
-            // Somebody alters the table, or rewrites it: the stream does not wait for that, and the next look sees it.
-            Err(pg::Error::Server(error)) if error.is_late() => {
-                tracing::debug!("the catalog was not looked at: {error}");
+            // Somebody alters the table, or rewrites it: the stream does not wait for that, and a later look sees it.
+            Err(error @ pg::Error::Late(_)) => {
+                self.say(&format!("streaming goes on, and {error}"));
                 return Ok(());
             }
             world => world?,
         };
-        if let Some(slot) = &world.slot {
-            self.measure(slot);
-        }
+        self.said.clear();
         let oid = world.table.as_ref().map(|table| table.oid);
         if oid.is_some_and(|oid| !expected.outbox.contains(&oid)) {
             let table = self.names.qualified();
@@ -240,13 +244,11 @@ impl Database for Postgres {
     async fn survey(&mut self) {
         let looking = async {
             let control = Control::open(&self.settings).await?;
+            control.slot(&self.names.slot).await?.iter().for_each(|slot| self.measure(slot));
             self.inspect(&control).await
         };
         match timeout(SURVEY_TIMEOUT, looking).await {
-            Ok(Ok(world)) => {
-                self.warn(&world);
-                world.slot.iter().for_each(|slot| self.measure(slot));
-            }
+            Ok(Ok(world)) => self.warn(&world),
             Ok(Err(pg::Error::World(findings))) => {
                 for finding in findings {
                     let text = format!("the relay will stop when the broker is back: {finding}");
@@ -270,7 +272,7 @@ impl Source for PostgresSource {
         self.stream.tell(status).await
     }
 
-    async fn tables(&mut self) -> Result<Tables, pg::Error> {
+    async fn tables(&mut self, xid: u32) -> Result<(Tables, bool), pg::Error> {
         let control = Control::open(&self.settings).await?;
         // After a failover the address leads to a server that may lack the table of a row which the old one sent.
         if control.server().await? != self.server {
@@ -279,7 +281,9 @@ impl Source for PostgresSource {
                 control.place()
             )));
         }
-        Ok(tables(&self.names, &control.inspect(&self.names).await?))
+        // In this order: what is visible now is in the catalog that is read next.
+        let is_visible = control.is_visible(xid).await?;
+        Ok((tables(&self.names, &control.inspect(&self.names).await?), is_visible))
     }
 
     async fn finish(self, status: Status) -> Result<(), pg::Error> {

@@ -240,3 +240,61 @@ fn at(position: Position, error: sink::Error) -> Error {
         error => error.into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::relay::Settings;
+
+    /// A broker that goes after a second, and would not be asked in vain before.
+    struct Going(Instant);
+
+    impl Sink for Going {
+        async fn publish(&mut self, _run: Vec<Message>) -> Result<Receipt, sink::Error> {
+            Ok(Receipt::new(std::future::ready(Ok(()))))
+        }
+
+        async fn failed(&mut self) -> sink::Error {
+            sleep_until(self.0 + Duration::from_secs(1)).await;
+            sink::Error::Broken("it went".to_owned())
+        }
+
+        async fn check(&mut self) -> Result<(), sink::Error> {
+            panic!("asked after {:?}", self.0.elapsed());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_that_goes_ends_an_idle_session_at_once() {
+        let metrics = Arc::new(Metrics::new());
+        let settings = Settings {
+            window_messages: 10,
+            window_messages_min: 10,
+            window_bytes: 1000,
+            confirm_timeout: Duration::from_secs(30),
+            drain_timeout: Duration::from_secs(30),
+            give_up_after: None,
+        };
+        let (channel_in, channel) = channel::channel();
+        let (runs, _settler) = mpsc::channel(10);
+        let lease = Lease::new(Duration::from_secs(60));
+        let publisher = Publisher {
+            sink: &mut Going(Instant::now()),
+            channel,
+            runs,
+            window: Window::new(&settings, &metrics),
+            progress: &Mutex::default(),
+            metrics: &metrics,
+            lease: &lease,
+            asked: Instant::now(),
+        };
+        let ended = timeout(Duration::from_secs(2), publisher.run()).await.expect("it is noticed");
+        assert!(matches!(ended, Err(Error::Sink(sink::Error::Broken(_)))), "{ended:?}");
+        drop(channel_in);
+    }
+}

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::channel::{Batch, Sender};
 use super::lease::Lease;
@@ -28,10 +28,6 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// When the stream breaks, what is in flight is given so long to settle: a broker that answers takes less.
 pub(super) const SETTLE_WITHIN: Duration = Duration::from_secs(10);
-
-/// A row of a table that the catalog does not know is looked up so often before the session ends by it.
-const LOOKUPS: u32 = 4;
-const BETWEEN_LOOKUPS: Duration = Duration::from_millis(250);
 
 /// Events taken in a row before the timer is looked at again: not every one is an item.
 const EVENTS_MAX: usize = 1024;
@@ -201,7 +197,7 @@ impl<S: Source> Reader<'_, S> {
                 Ok(Some(item)) => batch.add(item),
                 Ok(None) => {}
                 // The row stays where it is; what came before it is settled and told.
-                Err(Error::Outbox(error)) if error.is_of_a_row() => return Some(Ok(Some(error.into()))),
+                Err(Error::Outbox(error)) if error.retry() == Retry::Never => return Some(Ok(Some(error.into()))),
                 // Whatever else ends the session meanwhile, this is the reason.
                 Err(Error::Postgres(error)) if error.retry() == Retry::Never => {
                     self.fatal = Some(error);
@@ -265,21 +261,23 @@ impl<S: Source> Reader<'_, S> {
     }
 
     /// A row of a partition that came after the stream began, or of a table that is gone: the catalog knows. But a commit
-    /// that waits for a synchronous standby is in the stream before the catalog shows what it made.
+    /// that waits for a synchronous standby is in the stream before the catalog shows what it made: the next session looks.
     async fn look_up(&mut self, bytes: Bytes) -> Result<Option<Item>, Error> {
-        for look in 0..LOOKUPS {
-            if look > 0 {
-                sleep(BETWEEN_LOOKUPS).await;
-            }
-            if let Some(source) = &mut self.source {
-                self.assembler.set_tables(source.tables().await?);
-            }
-            match self.assembler.change(bytes.clone()) {
-                Err(outbox::Error::UnknownTable { .. }) => {}
-                item => return Ok(item?),
-            }
+        let xid = self.assembler.xid().unwrap_or_default();
+        let mut is_visible = true;
+        if let Some(source) = &mut self.source {
+            let tables;
+            (tables, is_visible) = source.tables(xid).await?;
+            self.assembler.set_tables(tables);
         }
-        Ok(self.assembler.change(bytes)?)
+        match self.assembler.change(bytes) {
+            Err(outbox::Error::UnknownTable { name, .. }) if !is_visible => Err(crate::pg::Error::NotNow(format!(
+                "the commit of transaction {xid}, with rows of table {name}, waits for a synchronous standby, and nobody \
+                 can see yet what it made"
+            ))
+            .into()),
+            item => Ok(item?),
+        }
     }
 
     /// Tells Postgres; and finds out whether it is still there, unless we are the ones who do not listen.

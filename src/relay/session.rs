@@ -74,7 +74,7 @@ pub(super) async fn run<D: Database, B: Broker>(
     let (sink, opened) = match opened {
         Ok(both) => both,
         Err(error) => {
-            note_contention(&error, progress);
+            note_contention(&error, progress, common.metrics);
             return Err(error);
         }
     };
@@ -101,10 +101,12 @@ pub(super) async fn run<D: Database, B: Broker>(
     result
 }
 
-fn note_contention(error: &Error, progress: &mut Progress) {
+fn note_contention(error: &Error, progress: &mut Progress, metrics: &Metrics) {
     const OBJECT_IN_USE: &str = "55006";
     if matches!(error, Error::Postgres(pg::Error::Server(error)) if error.code() == OBJECT_IN_USE) {
         progress.contend();
+        // What was in flight here is somebody else's to publish now.
+        metrics.oldest(None);
     }
 }
 
@@ -155,7 +157,7 @@ async fn stream<S: super::Source, K: Sink>(
         published.or(read).map_or(Ok(()), Err)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;
-    let result = reader.fatal.take().map_or(result, |error| Err(error.into()));
+    let result = earliest(result, reader.fatal.take());
     let result = match result {
         Ok(()) => reader.finish().await,
         // The stream is broken, or the server waits for us to let go, or it is not ours any more.
@@ -174,6 +176,15 @@ async fn stream<S: super::Source, K: Sink>(
         sink.close().await;
     }
     result
+}
+
+/// Why a session ends: a row that cannot be delivered lies before what the stream ended with.
+fn earliest(result: Result<(), Error>, fatal: Option<pg::Error>) -> Result<(), Error> {
+    match (result, fatal) {
+        (Err(error @ Error::Outbox(_)), _) => Err(error),
+        (_, Some(fatal)) => Err(fatal.into()),
+        (result, None) => result,
+    }
 }
 
 /// Waits for the stations, or for a reason to end them; makes them drain where that can help, within limits.

@@ -137,22 +137,24 @@ async fn rows_of_partitions_arrive_when_they_are_announced_as_themselves() {
 /// Its commit is in the stream before the catalog shows what it made.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_of_a_partition_whose_commit_waits_for_a_standby_arrive_when_it_does() {
-    let postgres = Postgres::start(&[]).unwrap();
+    // From the start: who sets it later does not know since when it holds. Nobody but the writer waits.
+    let settings = [("synchronous_standby_names", "nobody"), ("synchronous_commit", "local")];
+    let postgres = Postgres::start(&settings).unwrap();
     let outbox = Outbox::empty(&postgres, shared_rabbitmq()).await;
     outbox.sql(PARTITIONED).await;
     outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
     outbox.create_slot().await;
     let stage = Stage::of(outbox, &[]).await;
-    let admin = connect(&postgres.url()).await;
-    admin.batch_execute("alter system set synchronous_standby_names = 'nobody'").await.unwrap();
-    admin.batch_execute("select pg_reload_conf()").await.unwrap();
     let writer = connect(&stage.outbox.url).await;
+    writer.batch_execute("set synchronous_commit = on").await.unwrap();
     let transaction = format!("create table outbox_b partition of outbox for values in ('b'); {}", insert(&["b"]));
     let waiting = tokio::spawn(async move { writer.batch_execute(&format!("begin; {transaction}; commit")).await });
-    eventually("the relay waits for the table", || async { stage.relay.log().contains("outbox_b") }).await;
+    let waits =
+        || async { stage.relay.log().contains("rows of table public.outbox_b, waits for a synchronous standby") };
+    eventually("the relay waits for the table", waits).await;
     assert!(!waiting.is_finished());
-    admin.batch_execute("alter system reset synchronous_standby_names").await.unwrap();
-    admin.batch_execute("select pg_reload_conf()").await.unwrap();
+    postgres.append_conf("synchronous_standby_names = ''").unwrap();
+    postgres.reload().unwrap();
     waiting.await.unwrap().unwrap();
     stage.received(1).await;
     assert_eq!(stage.kinds(), ["b"]);

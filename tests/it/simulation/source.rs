@@ -366,7 +366,7 @@ impl Source for FakeSource {
         if self.strikes(Fault::TellBreaks) { Err(Error::Closed) } else { Ok(()) }
     }
 
-    async fn tables(&mut self) -> Result<Tables, Error> {
+    async fn tables(&mut self, _xid: u32) -> Result<(Tables, bool), Error> {
         self.world.note("the catalog is asked for tables");
         if self.strikes(Fault::TablesSlow) {
             self.world.with(|state| state.streams[self.stream].is_excused = true);
@@ -380,7 +380,7 @@ impl Source for FakeSource {
         if self.world.with(|state| state.streams[self.stream].epoch != state.epoch) {
             return Err(Error::NotNow("another server".to_owned()));
         }
-        Ok(self.world.with(|state| tables(state)))
+        Ok((self.world.with(|state| tables(state)), true))
     }
 
     async fn finish(mut self, status: Status) -> Result<(), Error> {

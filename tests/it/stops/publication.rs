@@ -39,7 +39,7 @@ async fn dropped_while_streaming(postgres: &Postgres) {
     stops(&outbox, WORLD, &["publication pgoutbox does not exist", "pgoutbox init"]).await;
     // Creating it again brings back no row, and the relay does not go on as if it had.
     outbox.sql(PUBLISH).await;
-    stops(&outbox, WORLD, &["drop the slot and run `pgoutbox init`"]).await;
+    stops(&outbox, WORLD, &["drop the slot", "run `pgoutbox init`"]).await;
     assert!(outbox.confirmed().await < unpublished, "the slot was moved past a row that was not delivered");
     assert_eq!(consumer.count(), 1);
     drop_the_slot_and_init(&outbox).await;
@@ -70,7 +70,7 @@ async fn younger_than_the_slot(postgres: &Postgres) {
     let unpublished = witness.last_commit().await;
     outbox.sql(PUBLISH).await;
     outbox.insert("published").await;
-    stops(&outbox, WORLD, &["drop the slot and run `pgoutbox init`"]).await;
+    stops(&outbox, WORLD, &["drop the slot", "run `pgoutbox init`"]).await;
     assert!(outbox.confirmed().await < unpublished, "the slot was moved past a row that was not delivered");
 }
 
