@@ -40,7 +40,7 @@ pub(super) const ROWS: &[Row] = &[
     },
     Row {
         number: "60a",
-        fault: "relay throttled to 5 % of a core for 10 s",
+        fault: "relay throttled to 1 % of a core for 10 s",
         allowed: allow(0),
         run: |round| Box::pin(throttled(round)),
     },
@@ -216,7 +216,8 @@ impl Drop for Throttle {
 
 async fn throttled(round: &mut Round) {
     round.restart_relay().await;
-    let throttle = match Throttle::on(round.relay().pid(), 5) {
+    // Where the broker is busy with others as well, a relay gets by with 2.
+    let throttle = match Throttle::on(round.relay().pid(), 1) {
         Ok(throttle) => throttle,
         Err(why) => return round.complaints.push(why),
     };
@@ -276,6 +277,8 @@ async fn read_only(round: &mut Round) {
     round.go_on_by(["unshare", "--mount", "sh", "-c", READ_ONLY].map(str::to_owned).into()).await;
     round.kill_relay().await;
     round.flowing(20).await;
+    // What flows may have been on its way already, and a shell that still remounts knows no SIGTERM.
+    round.relay().ready().await;
     round.restart_relay().await;
     round.flowing(20).await;
 }
