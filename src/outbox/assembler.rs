@@ -100,8 +100,11 @@ impl Assembler {
         self.open.as_ref().map(|open| open.xid)
     }
 
-    /// The catalog was asked again.
-    pub fn set_tables(&mut self, tables: Tables) {
+    /// The catalog was asked again. What was the outbox when the stream began stays so in it: of a partition that was
+    /// detached meanwhile, rows from before that may still come.
+    pub fn set_tables(&mut self, mut tables: Tables) {
+        tables.outbox.extend(&self.tables.outbox);
+        tables.others.retain(|oid| !self.tables.outbox.contains(oid));
         self.relations.iter_mut().for_each(|(oid, known)| known.owner = tables.owner(*oid));
         self.tables = tables;
     }
@@ -355,6 +358,18 @@ mod tests {
         assembler.set_tables(better);
         let Some(Item::Message(position, _)) = assembler.change(insert(9, &ROW)).unwrap() else { panic!() };
         assert_eq!(position.seq, 0);
+    }
+
+    #[test]
+    fn a_partition_that_is_detached_under_a_stream_stays_the_outbox_in_it() {
+        let mut assembler = assembler();
+        assembler.change(begin(100)).unwrap();
+        assembler.change(relation(OUTBOX, "outbox_old", &COLUMNS)).unwrap();
+        let detached = Tables { outbox: [9].into(), others: [OTHER, OUTBOX].into(), ..assembler.tables.clone() };
+        assembler.set_tables(detached);
+        let row = assembler.change(insert(OUTBOX, &ROW)).unwrap();
+        assert!(matches!(row, Some(Item::Message(..))), "{row:?}");
+        assert_eq!(assembler.tables.owner(OTHER), Owner::Other);
     }
 
     #[test]

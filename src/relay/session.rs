@@ -153,8 +153,7 @@ async fn stream<S: super::Source, K: Sink>(
     let stations = async {
         let (read, published, ()) =
             tokio::try_join!(reader.run(channel_in, &mut halted), publisher.run(), settler.run())?;
-        // The publisher's row lies before the reader's: the first one is named, since all before it counts as published.
-        published.or(read).map_or(Ok(()), Err)
+        first(published, read)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;
     let result = earliest(result, reader.fatal.take());
@@ -176,6 +175,11 @@ async fn stream<S: super::Source, K: Sink>(
         sink.close().await;
     }
     result
+}
+
+/// The publisher's row lies before the reader's: the first one is named, since all before it counts as published.
+fn first(published: Option<Error>, read: Option<Error>) -> Result<(), Error> {
+    published.or(read).map_or(Ok(()), Err)
 }
 
 /// Why a session ends: a row that cannot be delivered lies before what the stream ended with.
@@ -219,5 +223,32 @@ async fn end(
             }
             Err(error.into())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lsn::Lsn;
+    use crate::outbox::{self, Position};
+
+    fn row(commit_lsn: u64) -> Error {
+        let position = Position { commit_lsn: Lsn::new(commit_lsn), seq: 0 };
+        outbox::Error::Row { position, id: commit_lsn.to_string(), problem: "too large".to_owned() }.into()
+    }
+
+    fn named(result: Result<(), Error>) -> String {
+        result.map_or_else(|error| error.to_string(), |()| "none".to_owned())
+    }
+
+    /// The remedy skips all that lies before the named one.
+    #[test]
+    fn of_several_reasons_to_stop_the_first_in_the_stream_is_named() {
+        assert!(named(first(Some(row(1)), Some(row(2)))).contains("id 1"));
+        assert!(named(first(None, Some(row(2)))).contains("id 2"));
+        let undecodable = || Some(pg::Error::NotNow("a row that cannot be decoded".to_owned()));
+        assert!(named(earliest(Err(row(1)), undecodable())).contains("id 1"));
+        assert!(named(earliest(Ok(()), undecodable())).contains("decoded"));
+        assert_eq!(named(earliest(first(None, None), None)), "none");
     }
 }

@@ -290,6 +290,12 @@ async fn drop_leaves_a_slot_that_is_not_its_own() {
     };
     let (code, _, err) = drop_theirs();
     assert!(code == WORLD && err.contains(&format!("belongs to database {}", theirs.name)), "{err}");
+    // Whose it is comes before who holds it: stopping somebody else's relay would help nobody.
+    let relay = Relay::start(&theirs);
+    relay.ready().await;
+    let (code, _, err) = drop_theirs();
+    assert!(code == WORLD && err.contains("belongs to database") && !err.contains("stop the relay"), "{err}");
+    assert_eq!(relay.stop(), 0);
     theirs.sql(&format!("select pg_drop_replication_slot('{}')", theirs.name)).await;
     for (make, whose) in [
         ("pg_create_physical_replication_slot('{}')", "is physical"),
