@@ -50,9 +50,7 @@ impl Message {
         let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.bytes()).sum();
         self.id.len() + self.destination.len() + self.kind.len() + headers + self.body.len() + OVERHEAD_BYTES
     }
-}
 
-impl Message {
     /// Copies what is a slice of the row it was read from: while any slice lives, all of the row's bytes do, also those of
     /// columns that no message has.
     pub(super) fn let_go(&mut self, is_body_of_row: bool) {
