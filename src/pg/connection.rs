@@ -331,9 +331,10 @@ pub fn take_frame(incoming: &mut BytesMut, frame_bytes_max: usize) -> Result<Opt
     let mut body = incoming.split_to(1 + length).freeze();
     if body.len() > READ_BYTES {
         // Frames are slices of one buffer: one of a hundred bytes would keep that of a megabyte before it alive.
-        let rest = incoming.split();
-        incoming.reserve(READ_BYTES.max(rest.len()));
-        incoming.extend_from_slice(&rest);
+        // Not `reserve`, which is content with what the old buffer has left.
+        let mut fresh = BytesMut::with_capacity(READ_BYTES.max(incoming.len()));
+        fresh.extend_from_slice(incoming);
+        *incoming = fresh;
     }
     body.advance(5);
     Ok(Some(Frame { tag, body }))
@@ -419,6 +420,26 @@ mod tests {
             std::mem::forget(body);
         }
         drop(writing.await);
+    }
+
+    #[tokio::test]
+    async fn a_large_frame_has_its_buffer_for_itself() {
+        // Of the sizes to which a buffer grows, these leave nearly nothing, half and most of it.
+        for bytes in [100_000, 600_000, 1_040_000] {
+            let (mut connection, mut peer) = pair().await;
+            connection.frame_bytes_max = FRAME_BYTES_MAX;
+            let large = [&b"d"[..], &u32::try_from(bytes + 4).unwrap().to_be_bytes(), &vec![b'x'; bytes]].concat();
+            let writing = tokio::spawn(async move {
+                peer.write_all(&large).await.unwrap();
+                peer
+            });
+            let large = connection.read().await.unwrap().body;
+            let mut peer = writing.await.unwrap();
+            peer.write_all(b"d\0\0\0\x06ab").await.unwrap();
+            let small = connection.read().await.unwrap().body;
+            assert_eq!((large.len(), &small[..]), (bytes, &b"ab"[..]));
+            assert!(large.is_unique(), "{bytes} bytes live as long as two");
+        }
     }
 
     #[tokio::test]
