@@ -33,6 +33,10 @@ const RESERVED: [&str; 11] = [
     "x-received-from",
 ];
 
+/// Of the column. Parsed, each byte can take sixteen of memory; a broker takes a frame of them at most, which is 128 KiB by
+/// default.
+const TEXT_BYTES_MAX: usize = 1024 * 1024;
+
 /// Beginnings of such names.
 const RESERVED_PREFIXES: [&str; 3] = ["x-outbox-", "x-first-death-", "x-last-death-"];
 
@@ -41,6 +45,9 @@ const RESERVED_PREFIXES: [&str; 3] = ["x-outbox-", "x-first-death-", "x-last-dea
 /// # Errors
 /// What is wrong, naming the field and never its value.
 pub fn read(text: &[u8], headers: &mut Vec<(ByteString, HeaderValue)>) -> Result<(), String> {
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(format!("column headers has {} bytes; {TEXT_BYTES_MAX} are possible", text.len()));
+    }
     let json: Json = serde_json::from_slice(text).map_err(|_| "column headers is not valid JSON".to_owned())?;
     let fields = match json {
         Json::Null => return Ok(()),
@@ -164,6 +171,13 @@ mod tests {
         assert_eq!(least, [("a".into(), HeaderValue::Int(i64::MIN))]);
         let deep = format!("{{\"a\":{}1{}}}", "[".repeat(40), "]".repeat(40));
         assert!(read_all(&deep).is_err());
+    }
+
+    #[test]
+    fn a_text_beyond_its_limit_is_not_even_parsed() {
+        let of = |bytes: usize| format!("{{\"a\":\"{}\"}}", "x".repeat(bytes - 8));
+        assert!(read_all(&of(TEXT_BYTES_MAX)).is_ok());
+        assert!(read_all(&of(TEXT_BYTES_MAX + 1)).unwrap_err().contains("1048577 bytes"));
     }
 
     #[test]
