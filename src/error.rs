@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::lsn::Lsn;
 use crate::outbox;
 use crate::pg;
 use crate::relay;
@@ -70,6 +71,33 @@ pub enum Error {
         /// The row, and what is wrong with it.
         source: outbox::Error,
     },
+    /// A row that the server cannot send, and how to skip its transaction.
+    #[error(
+        "Postgres refused: {}. Everything before it is published and confirmed, nothing after it is. Remedy: a row whose \
+         text form exceeds 1 GB, or is no UTF-8, can never be sent: deliver by hand what matters of its transaction, then \
+         skip the whole transaction with: {skip}",
+        error.plain()
+    )]
+    Undecodable {
+        /// The statement.
+        skip: String,
+        /// What the server said.
+        error: pg::ServerError,
+    },
+    /// Rows of a table that nobody knows any more, and the statement that skips their transaction.
+    #[error(
+        "{source}. Everything before them is published and confirmed, nothing after them is published. Remedy: if the table \
+         is still there, attach it, or add it to the publication again, and restart. If it was re-created, restart, after \
+         reconciling what was committed to it before it joined the publication. If it is gone, or it stops here again, only \
+         the write-ahead log has these rows: save what matters of pg_logical_slot_peek_binary_changes, then skip the whole \
+         transaction, other rows in it too, with: {skip}"
+    )]
+    Table {
+        /// The statement.
+        skip: String,
+        /// Which table.
+        source: outbox::Error,
+    },
     /// The operating system.
     #[error("{doing}")]
     System {
@@ -106,9 +134,18 @@ impl Error {
             // Postgres skips a transaction if and only if its commit record begins before the slot's position, so one byte
             // beyond that beginning skips this transaction and no other.
             relay::Error::Outbox(source @ outbox::Error::Row { position, .. }) => {
-                let (slot, commit_lsn) = (pg::world::literal(slot), position.commit_lsn);
-                let skip = format!("SELECT pg_replication_slot_advance({slot}, '{commit_lsn}'::pg_lsn + 1);");
-                Error::Row { skip, source }
+                Error::Row { skip: skip(slot, position.commit_lsn), source }
+            }
+            relay::Error::Outbox(
+                source @ (outbox::Error::UnknownTable { commit_lsn, .. } | outbox::Error::Recreated { commit_lsn, .. }),
+            ) => Error::Table { skip: skip(slot, commit_lsn), source },
+            relay::Error::Undecodable { commit_lsn, error } => {
+                let skip = if commit_lsn == Lsn::ZERO {
+                    "pg_replication_slot_advance, to the commit of its transaction".to_owned()
+                } else {
+                    skip(slot, commit_lsn)
+                };
+                Error::Undecodable { skip, error }
             }
             error => Error::Relay(error),
         }
@@ -120,7 +157,8 @@ impl Error {
             Error::Config(_) | Error::Usage(_) => ExitCode::Usage,
             Error::Postgres(error) => postgres(error),
             Error::Relay(error) => relay(error),
-            Error::Row { .. } => ExitCode::Row,
+            Error::Row { .. } | Error::Undecodable { .. } => ExitCode::Row,
+            Error::Table { .. } => ExitCode::World,
             Error::Found(_) => ExitCode::World,
             Error::System { .. } | Error::Servers(_) => ExitCode::Unavailable,
             Error::Demo(_) => ExitCode::Bug,
@@ -128,10 +166,14 @@ impl Error {
     }
 }
 
+fn skip(slot: &str, commit_lsn: Lsn) -> String {
+    format!("SELECT pg_replication_slot_advance({}, '{commit_lsn}'::pg_lsn + 1);", pg::world::literal(slot))
+}
+
 fn relay(error: &relay::Error) -> ExitCode {
     match error {
         relay::Error::Postgres(error) => postgres(error),
-        relay::Error::Outbox(outbox::Error::Row { .. }) => ExitCode::Row,
+        relay::Error::Outbox(outbox::Error::Row { .. }) | relay::Error::Undecodable { .. } => ExitCode::Row,
         relay::Error::Outbox(_) => ExitCode::World,
         relay::Error::Sink(sink::Error::Undeliverable { .. }) => ExitCode::Row,
         relay::Error::Sink(sink::Error::Setup(_)) => ExitCode::World,

@@ -100,13 +100,36 @@ impl Assembler {
         self.open.as_ref().map(|open| open.xid)
     }
 
+    /// Where the open transaction's commit record begins; zero when none is open.
+    pub fn commit_lsn(&self) -> Lsn {
+        self.open.as_ref().map(|open| open.transaction.commit_lsn).unwrap_or_default()
+    }
+
     /// The catalog was asked again. What was the outbox when the stream began stays so in it: of a partition that was
-    /// detached meanwhile, rows from before that may still come.
+    /// detached meanwhile, rows from before that may still come. What was another table and is gone was no outbox either.
     pub fn set_tables(&mut self, mut tables: Tables) {
+        tables.others.extend(self.tables.others.difference(&tables.outbox));
         tables.outbox.extend(&self.tables.outbox);
         tables.others.retain(|oid| !self.tables.outbox.contains(oid));
         self.relations.iter_mut().for_each(|(oid, known)| known.owner = tables.owner(*oid));
         self.tables = tables;
+    }
+
+    /// Whether the rows of this table are messages.
+    pub fn is_outbox(&self, oid: u32) -> bool {
+        self.tables.owner(oid) == Owner::Outbox
+    }
+
+    /// A table that the catalog does not know any more: without the outbox's columns it was none, nor a partition of it, and
+    /// its rows pass by from now on. `false`: it had them.
+    pub fn pass_by(&mut self, oid: u32) -> bool {
+        let Some(known) = self.relations.get_mut(&oid).filter(|known| !self.mapping.fits(&known.relation.columns))
+        else {
+            return false;
+        };
+        known.owner = Owner::Other;
+        self.tables.others.insert(oid);
+        true
     }
 
     /// Takes one pgoutput message. After `UnknownTable` the same bytes may be given again, with better tables.
@@ -174,9 +197,14 @@ impl Assembler {
         let name = (&relation.namespace, &relation.name);
         let is_ours = self.tables.outbox.contains(&relation.id);
         if !is_ours && name == (&self.tables.name.0, &self.tables.name.1) {
-            return Err(Error::Recreated { oid: relation.id, name: format!("{}.{}", name.0, name.1) });
+            let (oid, name) = (relation.id, format!("{}.{}", name.0, name.1));
+            return Err(Error::Recreated { oid, name, commit_lsn: self.commit_lsn() });
         }
-        let owner = self.tables.owner(relation.id);
+        // Tables are described again when they change: with the outbox's columns it may have become a partition.
+        let owner = match self.tables.owner(relation.id) {
+            Owner::Other if self.mapping.fits(&relation.columns) => Owner::Unknown,
+            owner => owner,
+        };
         self.relations.insert(relation.id, Known { relation, owner, layout: None });
         Ok(())
     }
@@ -192,7 +220,8 @@ impl Assembler {
             Owner::Other => return Ok(None),
             Owner::Unknown => {
                 let name = format!("{}.{}", known.relation.namespace, known.relation.name);
-                return Err(Error::UnknownTable { oid, name });
+                let commit_lsn = open.transaction.commit_lsn;
+                return Err(Error::UnknownTable { oid, name, commit_lsn });
             }
         }
         let columns = known.relation.columns.len();
@@ -370,6 +399,38 @@ mod tests {
         let row = assembler.change(insert(OUTBOX, &ROW)).unwrap();
         assert!(matches!(row, Some(Item::Message(..))), "{row:?}");
         assert_eq!(assembler.tables.owner(OTHER), Owner::Other);
+    }
+
+    #[test]
+    fn a_table_that_may_have_become_a_partition_is_looked_up_when_it_is_described() {
+        let mut assembler = assembler();
+        assembler.change(begin(100)).unwrap();
+        for is_partition in [false, true] {
+            assembler.change(relation(OTHER, "outbox_2027", &COLUMNS)).unwrap();
+            let row = assembler.change(insert(OTHER, &ROW));
+            assert!(matches!(row, Err(Error::UnknownTable { oid: OTHER, .. })), "{row:?}");
+            let outbox = if is_partition { [OUTBOX, OTHER].into() } else { [OUTBOX].into() };
+            let others = if is_partition { [].into() } else { [OTHER].into() };
+            assembler.set_tables(Tables { outbox, others, ..assembler.tables.clone() });
+            let row = assembler.change(insert(OTHER, &ROW)).unwrap();
+            assert_eq!(matches!(row, Some(Item::Message(..))), is_partition, "{row:?}");
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_gone_passes_by_when_it_was_no_outbox() {
+        let mut assembler = assembler();
+        assembler.change(begin(100)).unwrap();
+        assembler.change(relation(OTHER, "orders", &["id"])).unwrap();
+        assembler.set_tables(Tables { others: [].into(), ..assembler.tables.clone() });
+        assert_eq!(assembler.change(insert(OTHER, &["1"])).unwrap(), None, "known, and dropped since");
+        assembler.change(relation(9, "staging", &["id"])).unwrap();
+        assert!(assembler.change(insert(9, &["1"])).is_err(), "the catalog may know it");
+        assert!(assembler.pass_by(9));
+        assert_eq!(assembler.change(insert(9, &["1"])).unwrap(), None);
+        assembler.change(relation(10, "outbox_old", &COLUMNS)).unwrap();
+        assert!(!assembler.pass_by(10), "it may have been a partition");
+        assert!(matches!(assembler.change(insert(10, &ROW)), Err(Error::UnknownTable { oid: 10, .. })));
     }
 
     #[test]

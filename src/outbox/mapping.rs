@@ -89,6 +89,11 @@ pub(super) enum Payload {
 }
 
 impl Mapping {
+    /// Whether rows of such columns can be messages at all.
+    pub fn fits(&self, columns: &[Column]) -> bool {
+        self.layout(columns).is_ok()
+    }
+
     /// Finds the columns by name.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ pub use mapping::{ColumnNames, Mapping};
 pub use message::{HeaderValue, Message};
 pub use template::Template;
 
-use crate::finding::{Finding, as_called};
+use crate::finding::Finding;
 use crate::lsn::Lsn;
 use crate::pg::pgoutput;
 use crate::retry::Retry;
@@ -60,30 +60,28 @@ pub enum Error {
     #[error(
         "a row of table {name} (OID {oid}) came through the publication, and the catalog knows it neither as the outbox or \
          a partition of it nor as another table of the publication: it was dropped, detached or taken out of the \
-         publication before its rows were read. Remedy: if it is still there, attach it or add it again and restart; else \
-         only the write-ahead log has its rows: save what matters of pg_logical_slot_peek_binary_changes, drop the slot \
-         and run `{}`",
-        as_called("pgoutbox init")
+         publication before its rows were read"
     )]
     UnknownTable {
         /// Its OID.
         oid: u32,
         /// Its name in the stream.
         name: String,
+        /// Of the row's transaction.
+        commit_lsn: Lsn,
     },
     /// The outbox table went and another took its name.
     #[error(
         "table {name} was dropped and re-created: rows of its OID {oid} follow, which is not the table's of when the stream \
-         began. Remedy: reconcile from the table what was committed to it before it joined the publication, then restart. \
-         If it stops here again, the rows that follow are those of the dropped table, and only the write-ahead log has \
-         them: save what matters of pg_logical_slot_peek_binary_changes, drop the slot and run `{}`",
-        as_called("pgoutbox init")
+         began"
     )]
     Recreated {
         /// Its new OID.
         oid: u32,
         /// Its name.
         name: String,
+        /// Of the transaction with the first of them.
+        commit_lsn: Lsn,
     },
     /// The table's columns do not make an outbox.
     #[error("{0}")]

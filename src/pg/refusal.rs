@@ -126,10 +126,6 @@ pub(super) fn session(error: &ServerError) -> Option<Remedy> {
              does not help): reconcile from the table, then drop the slot",
         )
         .then_shell("pgoutbox init"),
-        _ if error.is_undecodable_row() => Remedy::act(
-            "a row can never be sent, since its text form exceeds 1 GB or is no UTF-8: skip its transaction with \
-             pg_replication_slot_advance, after saving what it holds",
-        ),
         _ => return None,
     })
 }

@@ -147,6 +147,14 @@ pub enum Error {
     /// The broker, or the way there.
     #[error(transparent)]
     Sink(#[from] sink::Error),
+    /// The server cannot send a row.
+    #[error("Postgres refused: {error}")]
+    Undecodable {
+        /// Of the row's transaction; zero when the server failed before it had begun to send it.
+        commit_lsn: Lsn,
+        /// What the server said.
+        error: pg::ServerError,
+    },
     /// The slot is somewhere else than where we left it.
     #[error(
         "replication slot {slot} stands at {found}, but this relay told Postgres {told} at most: the slot was \
@@ -192,7 +200,7 @@ impl Error {
             Error::Postgres(error) => error.retry(),
             Error::Outbox(error) => error.retry(),
             Error::Sink(error) => error.retry(),
-            Error::Moved { .. } | Error::GaveUp { .. } => Retry::Never,
+            Error::Undecodable { .. } | Error::Moved { .. } | Error::GaveUp { .. } => Retry::Never,
             Error::OldTimeline { .. } | Error::Paused { .. } => Retry::Later,
         }
     }
@@ -255,8 +263,11 @@ pub async fn run<D: Database, B: Broker>(
         if progress.frontier() > frontier || began.elapsed() > GOOD_SESSION {
             backoff.reset();
         }
-        // A session that lasted with nothing to do had both peers.
-        let was_good = was_idle && began.elapsed() > GOOD_SESSION;
+        // A session that lasted with nothing to do had both peers; and one answers that refuses a message, or says who holds
+        // the slot.
+        let was_good = was_idle && began.elapsed() > GOOD_SESSION
+            || matches!(error, Error::Sink(sink::Error::Refused { .. }))
+            || session::is_contention(&error);
         if progress.frontier() > frontier || progress.settled() > settled || was_good {
             away_since = None;
         }

@@ -36,6 +36,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the slot may take to show what it was told.
 const SEEN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a row of an unknown table waits for its transaction to be seen, without which the session ends.
+const VISIBLE_WITHIN: Duration = Duration::from_millis(500);
+
 /// A look at what the slot keeps while nothing streams: a login and a handful of queries.
 const SURVEY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -217,15 +220,24 @@ impl Database for Postgres {
         let world = self.inspect(&control).await?;
         self.warn(&world);
         world.slot.iter().for_each(|slot| self.measure(slot));
+        if world.slot.as_ref().is_some_and(|slot| slot.active_pid.is_some()) {
+            // It may stand further on by the time it is ours, and rightly.
+            progress.contend();
+        }
         let slot = world.slot.as_ref().map(|slot| slot.confirmed).unwrap_or_default();
         let mut replication = Replication::open(&control, &self.settings).await?;
         let (identity, server) = replication.identify().await?;
+        let mut parted = None;
         if let Some(left) = progress.left_behind(&identity) {
             let switch_point = replication.switch_point(identity.timeline, left).await?;
-            self.count_beyond(progress.beyond(switch_point), left, identity.timeline, switch_point);
+            parted = Some((progress.beyond(switch_point), left, switch_point));
         }
         let silence_max = replication.sender_timeout().await?.unwrap_or(SILENCE_MAX);
         let start = progress.begin(identity.clone(), server, &self.names.slot, slot)?;
+        // Once: from here on this history is the known one.
+        if let Some((beyond, left, switch_point)) = parted {
+            self.count_beyond(beyond, left, identity.timeline, switch_point);
+        }
         let late = pg::Error::Timeout { during: "starting to stream", after: START_TIMEOUT };
         let starting = replication.start(&self.names.slot, &self.names.publication, start);
         let stream = timeout(START_TIMEOUT, starting).await.unwrap_or(Err(late))?;
@@ -281,8 +293,14 @@ impl Source for PostgresSource {
                 control.place()
             )));
         }
+        // A commit mostly comes here before the server shows it, and a standby seldom takes long.
+        let began = Instant::now();
+        let mut is_visible = control.is_visible(xid).await?;
+        while !is_visible && began.elapsed() < VISIBLE_WITHIN {
+            sleep(Duration::from_millis(20)).await;
+            is_visible = control.is_visible(xid).await?;
+        }
         // In this order: what is visible now is in the catalog that is read next.
-        let is_visible = control.is_visible(xid).await?;
         Ok((tables(&self.names, &control.inspect(&self.names).await?), is_visible))
     }
 

@@ -100,9 +100,11 @@ impl Progress {
                     let (found, told) = (confirmed, self.told);
                     return Err(Error::Moved { slot: slot.to_owned(), found, told });
                 }
+                if confirmed > self.told {
+                    self.doubt();
+                }
                 self.settled = self.settled.max(confirmed);
                 self.told = self.told.max(confirmed);
-                self.contended = false;
                 return Ok(self.settled);
             }
             tracing::warn!(
@@ -113,11 +115,13 @@ impl Progress {
             );
         }
         // Another history: what was settled there says nothing here.
+        self.doubt();
         *self = Progress {
             identity: Some(identity),
             settled: confirmed,
             told: confirmed,
             caution: std::mem::take(&mut self.caution),
+            contended: self.contended,
             ..Progress::default()
         };
         Ok(confirmed)
@@ -143,9 +147,21 @@ impl Progress {
         self.told = self.told.max(lsn);
     }
 
-    /// Someone else holds the slot.
+    /// Someone else holds the slot, or may have held it.
     pub fn contend(&mut self) {
         self.contended = true;
+    }
+
+    /// The slot is ours: nobody else moves it from now on.
+    pub fn hold(&mut self) {
+        self.contended = false;
+    }
+
+    /// The refused message may never come again: another relay has delivered it, or its transaction is gone.
+    fn doubt(&mut self) {
+        if self.caution.until.take().is_some() {
+            self.caution.messages = self.caution.messages.min(1);
+        }
     }
 
     /// A message that went alone is settled. Whether the next one goes alone as well.
@@ -242,6 +258,10 @@ mod tests {
         let mut contended = settled();
         contended.contend();
         assert_eq!(contended.begin(on("a", 1), lsn(1000), "s", lsn(700)).unwrap(), lsn(700));
+        // The stream did not begin: the other one may have it again.
+        assert_eq!(contended.begin(on("a", 1), lsn(1000), "s", lsn(800)).unwrap(), lsn(800));
+        contended.hold();
+        assert!(contended.begin(on("a", 1), lsn(1000), "s", lsn(900)).is_err());
     }
 
     #[test]
@@ -265,6 +285,22 @@ mod tests {
         assert!(!progress.proven("refused"));
         progress.be_cautious(Caution { messages: 1, until: None });
         assert!(progress.caution().is_on() && !progress.proven("any"));
+    }
+
+    #[test]
+    fn caution_waits_for_no_message_that_another_relay_may_have_delivered_or_a_failover_undone() {
+        let refused = Caution { messages: 1000, until: Some("refused".to_owned()) };
+        for (identity, confirmed) in [(on("a", 2), 300), (on("a", 1), 700)] {
+            let mut progress = settled();
+            progress.be_cautious(refused.clone());
+            progress.contend();
+            progress.begin(identity, lsn(1000), "s", lsn(confirmed)).unwrap();
+            assert!(progress.caution().is_on() && !progress.proven("another"));
+        }
+        let mut progress = settled();
+        progress.be_cautious(refused.clone());
+        progress.begin(on("a", 1), lsn(1000), "s", lsn(400)).unwrap();
+        assert_eq!(progress.caution(), &refused);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::{Error, Progress, Source, progress, stopped};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
 use crate::outbox::{self, Assembler, Item};
+use crate::pg;
 use crate::pg::replication::{Event, Status};
 use crate::retry::Retry;
 
@@ -32,15 +33,13 @@ pub(super) const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 /// Events taken in a row before the timer is looked at again: not every one is an item.
 const EVENTS_MAX: usize = 1024;
 
-/// Why reading ends: told to, by a row that cannot be delivered, or by a failure.
+/// Why reading ends: told to, by what stands next in the stream and goes no further, or by a failure.
 type Ended = Result<Option<Error>, Error>;
 
 /// The first station.
 pub(super) struct Reader<'a, S> {
     /// `None`: let go.
     pub(super) source: Option<S>,
-    /// Why the stream cannot go on, now or later.
-    pub(super) fatal: Option<crate::pg::Error>,
     /// Becomes true when a stopping server waits for us to let go.
     pub(super) release: watch::Receiver<bool>,
     pub(super) assembler: Assembler,
@@ -76,19 +75,12 @@ impl Feedback {
 }
 
 impl<S: Source> Reader<'_, S> {
-    /// Reads until told to stop (then to the end of the open transaction), until a row cannot be delivered, or until the
-    /// publisher wants no more; then waits for the settler.
+    /// Reads until told to stop (then to the end of the open transaction), until what comes next cannot be delivered, or
+    /// until the publisher wants no more; then waits for the settler.
     ///
-    /// Returns why it stopped, if not because it was told to.
+    /// Returns why it stopped, if not because it was told to: all before that has settled, since its remedy may skip it.
     pub(super) async fn run(&mut self, channel: Sender, stop: &mut watch::Receiver<bool>) -> Ended {
         let ended = self.read(&channel, stop).await;
-        if self.fatal.is_some() {
-            drop(channel);
-            return match timeout(SETTLE_WITHIN, self.drain()).await {
-                Ok(drained) => drained.map(|()| None),
-                Err(_) => Err(crate::pg::Error::NotNow("what is in flight did not settle".to_owned()).into()),
-            };
-        }
         let reason = match ended {
             Err(Error::Postgres(error)) => {
                 // Nothing can be told any more, but what settles now is not published again.
@@ -102,7 +94,14 @@ impl<S: Source> Reader<'_, S> {
         };
         // The publisher sees the channel end, publishes what is in it and ends; so does the settler.
         drop(channel);
-        self.drain().await?;
+        if matches!(reason, Some(Error::Postgres(pg::Error::Server(_)) | Error::Undecodable { .. })) {
+            // The server has ended the stream and given up the slot: nobody keeps it for us meanwhile.
+            self.source = None;
+            let late = || Err(pg::Error::NotNow("what is in flight did not settle".to_owned()).into());
+            timeout(SETTLE_WITHIN, self.drain()).await.unwrap_or_else(|_| late())?;
+        } else {
+            self.drain().await?;
+        }
         Ok(reason)
     }
 
@@ -154,7 +153,7 @@ impl<S: Source> Reader<'_, S> {
                 }
                 () = stopped(stop), if !is_stopping => is_stopping = true,
                 () = stopped(&mut self.release) => {
-                    return Err(crate::pg::Error::NotNow("let go of a stopping server".to_owned()).into());
+                    return Err(pg::Error::NotNow("let go of a stopping server".to_owned()).into());
                 }
                 changed = self.settled.changed(), if settled <= self.feedback.told => {
                     if changed.is_err() {
@@ -181,28 +180,20 @@ impl<S: Source> Reader<'_, S> {
     ///
     /// The trap: an event that was taken out of the stream is in nobody's hands but ours. So the next one is taken only when
     /// nothing more can end the loop before it is looked at.
-    async fn gather(
-        &mut self,
-        first: Result<Event, crate::pg::Error>,
-        batch: &mut Batch,
-        is_stopping: bool,
-    ) -> Option<Ended> {
+    async fn gather(&mut self, first: Result<Event, pg::Error>, batch: &mut Batch, is_stopping: bool) -> Option<Ended> {
         let (mut event, mut taken) = (first, 1);
         loop {
             let item = match event {
                 Ok(event) => self.item(event).await,
+                Err(pg::Error::Server(error)) if error.is_undecodable_row() => {
+                    Err(Error::Undecodable { commit_lsn: self.assembler.commit_lsn(), error })
+                }
                 Err(error) => Err(error.into()),
             };
             match item {
                 Ok(Some(item)) => batch.add(item),
                 Ok(None) => {}
-                // The row stays where it is; what came before it is settled and told.
-                Err(Error::Outbox(error)) if error.retry() == Retry::Never => return Some(Ok(Some(error.into()))),
-                // Whatever else ends the session meanwhile, this is the reason.
-                Err(Error::Postgres(error)) if error.retry() == Retry::Never => {
-                    self.fatal = Some(error);
-                    return Some(Ok(None));
-                }
+                Err(error) if is_ahead(&error) => return Some(Ok(Some(error))),
                 Err(error) => return Some(Err(error)),
             }
             if batch.is_full() || taken == EVENTS_MAX || is_stopping && !self.assembler.in_transaction() {
@@ -241,7 +232,7 @@ impl<S: Source> Reader<'_, S> {
     async fn item(&mut self, event: Event) -> Result<Option<Item>, Error> {
         let item = match event {
             Event::Data(bytes) => match self.assembler.change(bytes.clone()) {
-                Err(outbox::Error::UnknownTable { .. }) => self.look_up(bytes).await?,
+                Err(outbox::Error::UnknownTable { oid, name, .. }) => self.look_up(oid, &name, bytes).await?,
                 item => item?,
             },
             Event::Keepalive { wal_end, reply_requested } => {
@@ -262,20 +253,26 @@ impl<S: Source> Reader<'_, S> {
 
     /// A row of a partition that came after the stream began, or of a table that is gone: the catalog knows. But a commit
     /// that waits for a synchronous standby is in the stream before the catalog shows what it made: the next session looks.
-    async fn look_up(&mut self, bytes: Bytes) -> Result<Option<Item>, Error> {
+    async fn look_up(&mut self, oid: u32, name: &str, bytes: Bytes) -> Result<Option<Item>, Error> {
         let xid = self.assembler.xid().unwrap_or_default();
-        let mut is_visible = true;
         if let Some(source) = &mut self.source {
-            let tables;
-            (tables, is_visible) = source.tables(xid).await?;
+            let (tables, is_visible) = source.tables(xid).await?;
             self.assembler.set_tables(tables);
+            if !is_visible && !self.assembler.is_outbox(oid) {
+                return Err(pg::Error::NotNow(format!(
+                    "the commit of transaction {xid}, with rows of table {name}, waits for a synchronous standby, and \
+                     nobody can see yet what it made"
+                ))
+                .into());
+            }
         }
         match self.assembler.change(bytes) {
-            Err(outbox::Error::UnknownTable { name, .. }) if !is_visible => Err(crate::pg::Error::NotNow(format!(
-                "the commit of transaction {xid}, with rows of table {name}, waits for a synchronous standby, and nobody \
-                 can see yet what it made"
-            ))
-            .into()),
+            Err(outbox::Error::UnknownTable { .. }) if self.assembler.pass_by(oid) => {
+                tracing::warn!(
+                    "rows of table {name} (OID {oid}) pass by: it is gone, and had not the columns of an outbox"
+                );
+                Ok(None)
+            }
             item => Ok(item?),
         }
     }
@@ -284,7 +281,7 @@ impl<S: Source> Reader<'_, S> {
     async fn tell(&mut self, is_full: bool) -> Result<(), Error> {
         let silent = self.feedback.heard.elapsed();
         if !is_full && silent > self.silence_max {
-            return Err(crate::pg::Error::Timeout { during: "streaming", after: self.silence_max }.into());
+            return Err(pg::Error::Timeout { during: "streaming", after: self.silence_max }.into());
         }
         let heard = if is_full { Instant::now() } else { self.feedback.heard };
         self.metrics.heard(heard, self.silence_max);
@@ -311,8 +308,18 @@ impl<S: Source> Reader<'_, S> {
     }
 }
 
+/// Whether it stands in the stream, ahead of what was read: that stays where it is, and what came before it is settled and
+/// told. `NotNow`: it will be there for a later session.
+fn is_ahead(error: &Error) -> bool {
+    match error {
+        Error::Outbox(_) | Error::Undecodable { .. } => error.retry() == Retry::Never,
+        Error::Postgres(cause) => error.retry() == Retry::Never || matches!(cause, pg::Error::NotNow(_)),
+        _ => false,
+    }
+}
+
 /// The next event; never, when the stream was let go. Cancel-safe.
-async fn next<S: Source>(source: Option<&mut S>) -> Result<Event, crate::pg::Error> {
+async fn next<S: Source>(source: Option<&mut S>) -> Result<Event, pg::Error> {
     match source {
         Some(source) => source.next().await,
         None => std::future::pending().await,

@@ -78,6 +78,7 @@ pub(super) async fn run<D: Database, B: Broker>(
             return Err(error);
         }
     };
+    progress.hold();
     common.metrics.opened();
     common.metrics.heard(Instant::now(), opened.silence_max);
     if progress.caution().until.is_some() {
@@ -95,15 +96,22 @@ pub(super) async fn run<D: Database, B: Broker>(
             progress.be_cautious(Caution { messages: common.settings.window_messages, until: Some(id.clone()) });
         }
         Err(Error::Sink(_)) => progress.be_cautious(Caution { messages: 1, until: None }),
+        // Another relay may have had the slot meanwhile.
+        Err(Error::Paused { .. }) => progress.contend(),
         // What was to be proven still is.
         _ => {}
     }
     result
 }
 
-fn note_contention(error: &Error, progress: &mut Progress, metrics: &Metrics) {
+/// Whether another relay holds the slot.
+pub(super) fn is_contention(error: &Error) -> bool {
     const OBJECT_IN_USE: &str = "55006";
-    if matches!(error, Error::Postgres(pg::Error::Server(error)) if error.code() == OBJECT_IN_USE) {
+    matches!(error, Error::Postgres(pg::Error::Server(error)) if error.code() == OBJECT_IN_USE)
+}
+
+fn note_contention(error: &Error, progress: &mut Progress, metrics: &Metrics) {
+    if is_contention(error) {
         progress.contend();
         // What was in flight here is somebody else's to publish now.
         metrics.oldest(None);
@@ -127,7 +135,6 @@ async fn stream<S: super::Source, K: Sink>(
     let lease = Lease::new(opened.silence_max);
     let mut reader = Reader {
         source: Some(opened.source),
-        fatal: None,
         release: released,
         assembler: Assembler::new(mapping.clone(), opened.tables).beginning_at(opened.start),
         settled: settled_out,
@@ -156,7 +163,6 @@ async fn stream<S: super::Source, K: Sink>(
         first(published, read)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;
-    let result = earliest(result, reader.fatal.take());
     let result = match result {
         Ok(()) => reader.finish().await,
         // The stream is broken, or the server waits for us to let go, or it is not ours any more.
@@ -177,18 +183,10 @@ async fn stream<S: super::Source, K: Sink>(
     result
 }
 
-/// The publisher's row lies before the reader's: the first one is named, since all before it counts as published.
+/// The publisher's row lies before what the reader ended with: the first one is named, since all before it counts as
+/// published.
 fn first(published: Option<Error>, read: Option<Error>) -> Result<(), Error> {
     published.or(read).map_or(Ok(()), Err)
-}
-
-/// Why a session ends: a row that cannot be delivered lies before what the stream ended with.
-fn earliest(result: Result<(), Error>, fatal: Option<pg::Error>) -> Result<(), Error> {
-    match (result, fatal) {
-        (Err(error @ Error::Outbox(_)), _) => Err(error),
-        (_, Some(fatal)) => Err(fatal.into()),
-        (result, None) => result,
-    }
 }
 
 /// Waits for the stations, or for a reason to end them; makes them drain where that can help, within limits.
@@ -246,9 +244,6 @@ mod tests {
     fn of_several_reasons_to_stop_the_first_in_the_stream_is_named() {
         assert!(named(first(Some(row(1)), Some(row(2)))).contains("id 1"));
         assert!(named(first(None, Some(row(2)))).contains("id 2"));
-        let undecodable = || Some(pg::Error::NotNow("a row that cannot be decoded".to_owned()));
-        assert!(named(earliest(Err(row(1)), undecodable())).contains("id 1"));
-        assert!(named(earliest(Ok(()), undecodable())).contains("decoded"));
-        assert_eq!(named(earliest(first(None, None), None)), "none");
+        assert_eq!(named(first(None, None)), "none");
     }
 }

@@ -144,11 +144,17 @@ async fn rows_of_a_partition_whose_commit_waits_for_a_standby_arrive_when_it_doe
     outbox.sql(PARTITIONED).await;
     outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
     outbox.create_slot().await;
-    let stage = Stage::of(outbox, &[]).await;
-    let writer = connect(&stage.outbox.url).await;
+    // In the same read as what waits, and not its hostage.
+    outbox.sql(&insert(&["a"])).await;
+    let writer = connect(&outbox.url).await;
     writer.batch_execute("set synchronous_commit = on").await.unwrap();
     let transaction = format!("create table outbox_b partition of outbox for values in ('b'); {}", insert(&["b"]));
     let waiting = tokio::spawn(async move { writer.batch_execute(&format!("begin; {transaction}; commit")).await });
+    let written = "select 'yes' from pg_stat_activity where wait_event = 'SyncRep'";
+    eventually("the commit waits", || async { outbox.text(written).await.is_some() }).await;
+    let (consumer, relay) = (Consumer::start(&outbox).await, Relay::start(&outbox));
+    let stage = Stage { outbox, consumer, relay };
+    stage.consumer.wait_distinct(1).await;
     let waits =
         || async { stage.relay.log().contains("rows of table public.outbox_b, waits for a synchronous standby") };
     eventually("the relay waits for the table", waits).await;
@@ -156,8 +162,45 @@ async fn rows_of_a_partition_whose_commit_waits_for_a_standby_arrive_when_it_doe
     postgres.append_conf("synchronous_standby_names = ''").unwrap();
     postgres.reload().unwrap();
     waiting.await.unwrap().unwrap();
+    stage.received(2).await;
+    assert_eq!(stage.kinds(), ["a", "b"]);
+    stage.stop();
+}
+
+/// A table of the publication from the stream's beginning, attached before its first row.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_a_published_table_that_becomes_a_partition_arrive() {
+    let stage = Stage::with_table(PARTITIONED, "publish = 'insert'", &[]).await;
+    let sql = "create table late (like outbox); alter publication pgoutbox add table late";
+    stage.outbox.sql(sql).await;
+    stage.outbox.sql("insert into late (id, type) values (1, 'own')").await;
+    stage.outbox.sql(&insert(&["a"])).await;
     stage.received(1).await;
-    assert_eq!(stage.kinds(), ["b"]);
+    stage
+        .outbox
+        .sql(&format!(
+            "delete from late; alter table outbox attach partition late for values in ('b'); {}",
+            insert(&["b"])
+        ))
+        .await;
+    stage.received(2).await;
+    assert_eq!(stage.kinds(), ["a", "b"]);
+}
+
+/// A publication of all tables, and one that is there for the length of a transaction only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_a_table_that_is_gone_pass_by_when_it_had_not_the_columns_of_an_outbox() {
+    let outbox = Outbox::empty(shared_postgres(), shared_rabbitmq()).await;
+    outbox.sql(PARTITIONED).await;
+    outbox
+        .sql("create publication pgoutbox for all tables with (publish = 'insert', publish_via_partition_root = true)")
+        .await;
+    outbox.create_slot().await;
+    let stage = Stage::of(outbox, &[]).await;
+    let staging = "create table staging (id int); insert into staging values (1)";
+    stage.outbox.sql(&format!("begin; {staging}; {}; drop table staging; commit", insert(&["a"]))).await;
+    stage.received(1).await;
+    assert!(stage.relay.log().contains("rows of table public.staging"), "{}", stage.relay.log());
     stage.stop();
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::faults::Fault;
-use super::world::{Row, World};
+use super::world::{Cause, Row, World};
 
 /// What the real one allows itself for an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -58,7 +58,7 @@ impl Broker for FakeBroker {
             return Err(Error::Timeout { during: "connecting", after: ANSWER_TIMEOUT });
         }
         if world.strikes(Fault::BrokerSetup) {
-            world.with(|state| (state.lives[self.life].condemned, state.lives[self.life].doomed) = (true, true));
+            world.with(|state| state.dooms(self.life, Cause::Broker));
             return Err(Error::Setup(Finding::new("the fake is set up wrong", Remedy::default())));
         }
         let (socket, incoming) = mpsc::unbounded_channel();

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 use super::faults::Fault;
 use super::source::FakeSource;
 use super::wire;
-use super::world::{State, Stream, World};
+use super::world::{Cause, State, Stream, World};
 
 /// The server's `wal_sender_timeout`.
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(6);
@@ -85,9 +85,7 @@ impl FakeDatabase {
                 if result.is_ok() {
                     self.world.accuse("begins at a slot that someone has moved");
                 }
-                self.world.with(|state| {
-                    (state.lives[self.life].condemned, state.lives[self.life].doomed) = (true, true);
-                });
+                self.world.with(|state| state.dooms(self.life, Cause::Slot));
                 return result.map(|_| ());
             }
         }
@@ -109,7 +107,9 @@ impl FakeDatabase {
                 in_transaction: false,
                 free_at: None,
                 sent: Vec::new(),
-                barrier: None,
+                barriers: Vec::new(),
+                barrier_at: now,
+                fatal_after: None,
                 published: Vec::new(),
                 settled: 0,
                 settled_at: now,
@@ -133,7 +133,7 @@ impl FakeDatabase {
 }
 
 /// Whether the slot's stream is alive on the server's side.
-fn is_slot_in_use(state: &State) -> bool {
+pub(super) fn is_slot_in_use(state: &State) -> bool {
     let Some(stream) = state.holder.map(|holder| &state.streams[holder]) else { return false };
     let now = Instant::now();
     let is_alive = match stream.free_at {
@@ -153,7 +153,7 @@ fn watch(world: World, life: usize) -> Watch {
                 return Error::GoingAway("shutting down".to_owned());
             }
             if world.strikes(Fault::WorldChanges) {
-                world.with(|state| (state.lives[life].condemned, state.lives[life].doomed) = (true, true));
+                world.with(|state| state.dooms(life, Cause::World));
                 return Error::World(vec![Finding::new("the fake changed", Remedy::default())]);
             }
         }

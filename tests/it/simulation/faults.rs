@@ -76,7 +76,9 @@ faults! {
     UnknownPartition 100 harmless "a row of a partition that came after the stream began",
     TablesFail 200 harmful "the catalog cannot be asked which tables are the outbox",
     TablesSlow 200 harmless "the catalog takes its time to say which tables are the outbox",
+    TablesInvisible 100 harmful "a commit waits for a standby, and nobody can see the partition that it made",
     Poison 5 harmful "a row that can never be a message",
+    Undeliverables 20 harmful "some transactions in a row hold several rows that cannot be delivered",
     // The watch beside it.
     GoingAway 4 harmful "the server is shutting down",
     WorldChanges 2 harmful "the catalog says that the world is wrong",
@@ -190,10 +192,17 @@ impl FromStr for Plan {
     }
 }
 
+/// A seed has so many kinds as its theme: they strike so much oftener, within a limit. What takes two rare ones to go wrong
+/// would take a hundred thousand seeds.
+const THEME: usize = 3;
+const OFTENER: u16 = 20;
+const OFTENER_PER_MILLE_MAX: u16 = 150;
+
 /// Dice for every kind, and how often each has struck.
 pub(super) struct Dice {
     dice: Vec<fastrand::Rng>,
     enabled: u64,
+    theme: u64,
     left: u32,
     pub(super) fired: [u64; KINDS],
 }
@@ -204,16 +213,20 @@ impl Dice {
     pub(super) fn new(plan: &Plan, random: &mut fastrand::Rng) -> Self {
         let harmless = FAULTS.iter().filter(|fault| fault.is_harmless()).fold(0, |set, fault| set | 1 << *fault as u64);
         let half = random.u64(..);
-        let enabled = match random.u8(0..10) {
-            0 => 1 << Fault::Terminate as u64,
-            1 => harmless & (half | random.u64(..)),
-            2..=5 => half,
-            _ => half & random.u64(..),
+        let theme = (0..THEME).fold(0, |set, _| set | 1 << random.usize(..KINDS));
+        let (enabled, theme) = match random.u8(0..10) {
+            0 => (1 << Fault::Terminate as u64, 0),
+            1 => (harmless & (half | random.u64(..)), 0),
+            2..=3 => (half, 0),
+            4..=5 => (half | theme, theme),
+            6..=7 => (half & random.u64(..), 0),
+            _ => (half & random.u64(..) | theme, theme),
         };
         let die = |kind: usize| fastrand::Rng::with_seed(plan.seed.wrapping_mul(KINDS as u64) + kind as u64);
         Self {
             dice: (0..KINDS).map(die).collect(),
             enabled: enabled & !plan.without,
+            theme,
             left: plan.strikes,
             fired: [0; KINDS],
         }
@@ -230,7 +243,11 @@ impl Dice {
 
     pub(super) fn strikes(&mut self, fault: Fault) -> bool {
         let kind = fault as usize;
-        let strikes = self.allows(fault) && self.left > 0 && self.dice[kind].u16(0..1000) < fault.per_mille();
+        let per_mille = match self.theme & (1 << kind) {
+            0 => fault.per_mille(),
+            _ => (fault.per_mille() * OFTENER).min(fault.per_mille().max(OFTENER_PER_MILLE_MAX)),
+        };
+        let strikes = self.allows(fault) && self.left > 0 && self.dice[kind].u16(0..1000) < per_mille;
         if strikes {
             self.fired[kind] += 1;
             self.left -= 1;

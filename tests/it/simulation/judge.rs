@@ -4,11 +4,12 @@
 
 use std::time::Duration;
 
-use pgoutbox::outbox;
 use pgoutbox::relay;
 use pgoutbox::retry::Retry;
+use pgoutbox::{outbox, pg};
 
-use super::world::{Row, State, Stream, World};
+use super::database::is_slot_in_use;
+use super::world::{Cause, Row, State, Stream, World};
 
 /// What is settled is told within this, in the middle of nothing: a status interval and what the fakes may pause.
 const TOLD_WITHIN: Duration = Duration::from_secs(1);
@@ -28,22 +29,26 @@ pub(super) fn judge(world: &World) -> Result<(), String> {
     })
 }
 
-/// Rows in the order in which the broker first held them, without those that a failover has undone.
+/// Rows in the order in which the broker first held them, without those that a failover has undone, and those that an
+/// operator has skipped: where a crash then undoes that, they come again.
 fn first_deliveries(state: &State) -> Vec<Row> {
     let mut seen = vec![false; state.rows.len()];
-    let held = state.held.iter().copied().filter(|row| !state.rows[*row].undone);
+    let counts = |row: &Row| !state.rows[*row].undone && !state.rows[*row].skipped;
+    let held = state.held.iter().copied().filter(counts);
     held.filter(|row| !std::mem::replace(&mut seen[*row], true)).collect()
 }
 
 fn lost(state: &State, first: &[Row]) -> Result<(), String> {
     let mut there = vec![false; state.rows.len()];
     first.iter().for_each(|row| there[*row] = true);
-    let truth = state.wal.iter().flat_map(|entry| entry.rows.clone());
-    let missing: Vec<String> = truth.clone().filter(|row| !there[*row]).map(|row| state.name(row)).collect();
+    let truth: Vec<Row> = state.wal.iter().flat_map(|entry| entry.rows.clone()).collect();
+    let is_missing = |row: &Row| !there[*row] && !state.rows[*row].skipped;
+    let missing: Vec<String> = truth.iter().copied().filter(is_missing).map(|row| state.name(row)).collect();
     if !missing.is_empty() {
         return Err(format!("missing {}", missing.join(" ")));
     }
-    if truth.count() != first.len() {
+    truth.iter().for_each(|row| there[*row] = false);
+    if there.contains(&true) {
         return Err("phantoms: the broker holds rows that were never committed".to_owned());
     }
     Ok(())
@@ -111,11 +116,12 @@ pub(super) fn ended(world: &World, life: usize, result: &Result<(), relay::Error
             Ok(()) if in_time.is_none() => state.accuse("a process ended without being told to"),
             Ok(()) if in_time == Some(true) => parted_well(state, life),
             Ok(()) => {}
-            Err(error) if error.retry() == Retry::Never && state.lives[life].condemned => {
-                stopped_at_row(state, life, error)
+            // Another relay held the slot and let go unseen, or an operator was at it: to this one it is moved, and it says so.
+            Err(relay::Error::Moved { .. }) if state.lives[life].stream != state.holder || state.was_moved => {}
+            Err(error) if cause(error).is_some_and(|cause| state.lives[life].condemned.contains(&cause)) => {
+                stopped_ahead(state, life, error);
+                skipped(state, life, error);
             }
-            // Another relay held the slot and let go unseen: to this one it is moved, and it says so.
-            Err(relay::Error::Moved { .. }) if state.lives[life].stream != state.holder => {}
             Err(error) => state.accuse(format!("a process gave up without need: {error}")),
         }
     });
@@ -140,21 +146,53 @@ fn parted_well(state: &mut State, life: usize) {
     }
 }
 
-/// A row that cannot be delivered stops the relay, and everything before it is settled.
-fn stopped_at_row(state: &mut State, life: usize, error: &relay::Error) {
-    let (relay::Error::Outbox(_), Some(stream)) = (error, state.lives[life].stream) else { return };
-    let stream = &state.streams[stream];
-    let Some(barrier) = stream.barrier else { return state.accuse("stopped at a row that could be delivered") };
-    if let Some(row) = stream.sent[..barrier].iter().copied().find(|row| !state.rows[*row].acknowledged) {
-        let name = state.name(row);
-        return state.accuse(format!("stopped at a row with {name} before it unsettled"));
+/// What an error that no retry can help says is wrong.
+fn cause(error: &relay::Error) -> Option<Cause> {
+    Some(match error {
+        error if error.retry() != Retry::Never => return None,
+        relay::Error::Outbox(_) => Cause::Row,
+        relay::Error::Postgres(pg::Error::World(_)) => Cause::World,
+        relay::Error::Postgres(_) => Cause::Stream,
+        relay::Error::Sink(_) => Cause::Broker,
+        relay::Error::Moved { .. } => Cause::Slot,
+        _ => return None,
+    })
+}
+
+/// What cannot be delivered stops the relay, and everything before it is settled: the remedy skips that.
+fn stopped_ahead(state: &mut State, life: usize, error: &relay::Error) {
+    let Some(stream) = state.lives[life].stream.map(|stream| &state.streams[stream]) else { return };
+    let named = match (error, stream.fatal_after) {
+        (relay::Error::Outbox(outbox::Error::Row { id, .. }), _) => {
+            let row = state.row(id);
+            match stream.barriers.iter().find(|(sent, _)| stream.sent[*sent] == row) {
+                Some((sent, _)) => *sent,
+                None => return state.accuse(format!("stopped at row {id}, which could be delivered")),
+            }
+        }
+        (error, Some(sent)) if cause(error) == Some(Cause::Stream) => sent,
+        (error, None) if cause(error) == Some(Cause::Stream) => {
+            return state.accuse("stopped at a stream that could go on");
+        }
+        _ => return,
+    };
+    let before = &stream.sent[..named];
+    let first = stream.barriers.iter().find(|(sent, is_final)| *sent < named && (*is_final || !state.healed));
+    if let Some((first, _)) = first {
+        let row = state.name(stream.sent[*first]);
+        state.accuse(format!("row {row} cannot be delivered, and the relay stopped behind it: {error}"));
+    } else if let Some(row) = before.iter().find(|row| !state.rows[**row].acknowledged) {
+        let row = state.name(*row);
+        state.accuse(format!("stopped with {row} before it unsettled: {error}"));
     }
-    // The remedy skips the named row's transaction, and all that lies before it.
-    let first = state.name(stream.sent[barrier]);
-    if let relay::Error::Outbox(outbox::Error::Row { id, .. }) = error
-        && *id != first
-    {
-        state.accuse(format!("stopped at row {id}, and row {first} before it cannot be delivered either"));
+}
+
+/// An operator does what the relay says, where that is still the server which sent the row, and nobody holds the slot.
+fn skipped(state: &mut State, life: usize, error: &relay::Error) {
+    let relay::Error::Outbox(outbox::Error::Row { position, .. }) = error else { return };
+    let Some(stream) = state.lives[life].stream else { return };
+    if state.streams[stream].epoch == state.epoch && !is_slot_in_use(state) {
+        state.skip(position.commit_lsn.get(), position.seq as usize);
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::database::{SILENCE_MAX, server_error, tables};
 use super::faults::Fault;
 use super::wire;
-use super::world::{Row, State, Stream, World};
+use super::world::{Cause, Row, State, Stream, World};
 
 /// What the real one allows itself for writing a status and for a goodbye.
 const TELL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,7 +43,9 @@ pub(super) struct FakeSource {
     next_at: Instant,
     /// Before the next frame is whole.
     parts: u32,
-    keepalive_at: Instant,
+    /// The relay wants an answer; we want one.
+    is_asked: bool,
+    has_asked: bool,
     described: BTreeSet<u32>,
     /// Entries of the WAL that were decoded.
     decoded: usize,
@@ -75,7 +77,8 @@ impl FakeSource {
             frames: VecDeque::new(),
             next_at: Instant::now(),
             parts: 0,
-            keepalive_at: Instant::now() + SILENCE_MAX / 3,
+            is_asked: false,
+            has_asked: false,
             described: BTreeSet::new(),
             decoded: 0,
             position: start,
@@ -96,9 +99,13 @@ impl FakeSource {
             state.wal.get(self.decoded).filter(|entry| entry.at <= now).cloned()
         });
         let Some(entry) = entry else {
-            if Instant::now() >= self.keepalive_at {
+            let silent = self.world.with(|state| state.streams[self.stream].last_status.elapsed());
+            if std::mem::take(&mut self.is_asked) {
+                self.keepalive(self.position, false);
+            } else if silent >= SILENCE_MAX / 2 && !self.has_asked {
+                // The real one asks when it has heard nothing for so long, and says nothing by itself.
+                self.has_asked = true;
                 self.keepalive(self.position, true);
-                self.keepalive_at = Instant::now() + SILENCE_MAX / 3;
             } else if self.strikes(Fault::KeepaliveJumps) {
                 // Other databases' WAL, up to the very record that commits next.
                 let next = self.world.with(|state| state.wal.get(self.decoded).map(|entry| entry.commit_lsn));
@@ -108,6 +115,7 @@ impl FakeSource {
         };
         self.decoded += 1;
         if entry.commit_lsn < self.start {
+            self.position = self.position.max(entry.end_lsn);
             return;
         }
         if self.strikes(Fault::KeepaliveJumps) {
@@ -182,9 +190,9 @@ impl FakeSource {
             return None;
         };
         self.world.with(|state| {
-            let life = state.streams[self.stream].life;
-            let life = &mut state.lives[life];
-            (life.condemned, life.doomed) = (true, !life.is_leaving);
+            let stream = &mut state.streams[self.stream];
+            stream.fatal_after.get_or_insert(stream.sent.len());
+            state.lives[stream.life].condemned.push(Cause::Stream);
         });
         Some(fatal)
     }
@@ -202,8 +210,9 @@ impl FakeSource {
                     let fate = &state.rows[row];
                     if fate.poisoned || fate.inadmissible {
                         let stream = &mut state.streams[self.stream];
-                        stream.barrier.get_or_insert(stream.sent.len() - 1);
-                        state.lives[stream.life].condemned = true;
+                        stream.barriers.push((stream.sent.len() - 1, fate.poisoned));
+                        stream.barrier_at = Instant::now();
+                        state.lives[stream.life].condemned.push(Cause::Row);
                     }
                     (state.name(row), state.rows[row].poisoned)
                 });
@@ -253,11 +262,14 @@ impl FakeSource {
     }
 
     /// The server hears a status.
-    fn hear(&mut self, settled: u64) {
+    fn hear(&mut self, status: Status) {
+        let settled = status.settled.get();
+        (self.is_asked, self.has_asked) = (self.is_asked || status.reply_requested, false);
         self.world.with(|state| {
             state.hears(self.stream, settled);
             let stream = &mut state.streams[self.stream];
             (stream.told, stream.last_status) = (settled, Instant::now());
+            state.lives[stream.life].frozen = false;
             state.confirmed = state.confirmed.max(settled);
             if state.random.u8(..) < 20 {
                 state.saved = state.confirmed;
@@ -286,7 +298,7 @@ impl FakeSource {
             }
             while let Some(entry) = state.wal.get(self.proven).filter(|entry| entry.end_lsn <= settled) {
                 self.proven += 1;
-                if entry.end_lsn <= self.start {
+                if entry.commit_lsn < self.start {
                     continue;
                 }
                 let (rows, known) = (&state.rows, &state.lives[life].known);
@@ -356,13 +368,14 @@ impl Source for FakeSource {
 
     async fn tell(&mut self, status: Status) -> Result<(), Error> {
         self.examine(status);
+        self.world.with(|state| state.paces(self.stream));
         if self.strikes(Fault::TellHangs) {
             return Err(self.hang("writing a status", TELL_TIMEOUT).await);
         }
         if !self.is_alive() || self.strikes(Fault::TellFails) {
             return Err(Error::Closed);
         }
-        self.hear(status.settled.get());
+        self.hear(status);
         if self.strikes(Fault::TellBreaks) { Err(Error::Closed) } else { Ok(()) }
     }
 
@@ -380,6 +393,10 @@ impl Source for FakeSource {
         if self.world.with(|state| state.streams[self.stream].epoch != state.epoch) {
             return Err(Error::NotNow("another server".to_owned()));
         }
+        if self.strikes(Fault::TablesInvisible) {
+            let tables = self.world.with(|state| tables(state));
+            return Ok((Tables { outbox: [wire::oid(0)].into(), ..tables }, false));
+        }
         Ok((self.world.with(|state| tables(state)), true))
     }
 
@@ -391,7 +408,7 @@ impl Source for FakeSource {
         if self.strikes(Fault::FinishHangs) {
             return Err(self.hang("ending the stream", FINISH_TIMEOUT).await);
         }
-        self.hear(status.settled.get());
+        self.hear(status);
         if self.strikes(Fault::FinishBreaks) {
             return Err(Error::Closed);
         }

@@ -47,6 +47,23 @@ pub(super) struct Fate {
     /// It can never be a message; the broker could never take it.
     pub(super) poisoned: bool,
     pub(super) inadmissible: bool,
+    /// An operator has done what the relay advised, and skipped it.
+    pub(super) skipped: bool,
+}
+
+/// What no retry can help.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// A row cannot be delivered.
+    Row,
+    /// The server cannot go on streaming.
+    Stream,
+    /// The catalog is not what it has to be.
+    World,
+    /// The broker is set up wrong.
+    Broker,
+    /// The slot stands where it should not.
+    Slot,
 }
 
 /// One life of a process, as the world sees it.
@@ -58,8 +75,8 @@ pub(super) struct Life {
     /// The stream that it opened last.
     pub(super) stream: Option<usize>,
     pub(super) window_messages: usize,
-    /// Someone said that no retry can help.
-    pub(super) condemned: bool,
+    /// Who said that no retry can help.
+    pub(super) condemned: Vec<Cause>,
     /// ... in a way that ends the process before it opens anything else.
     pub(super) doomed: bool,
     pub(super) frozen: bool,
@@ -83,8 +100,12 @@ pub(super) struct Stream {
     /// The slot is free from then on.
     pub(super) free_at: Option<Instant>,
     pub(super) sent: Vec<Row>,
-    /// Of the sent rows, the first that cannot be delivered.
-    pub(super) barrier: Option<usize>,
+    /// Which of the sent rows cannot be delivered, and whether that is so for ever: what the broker does not take now it may
+    /// take when all is healed, what was sent as poison stays so. And when the last was sent.
+    pub(super) barriers: Vec<(usize, bool)>,
+    pub(super) barrier_at: Instant,
+    /// How many rows were sent before the server said that it cannot go on.
+    pub(super) fatal_after: Option<usize>,
     pub(super) published: Vec<Row>,
     /// Of the published ones, how many the relay knows to be settled, and since when.
     pub(super) settled: usize,
@@ -116,6 +137,8 @@ pub(super) struct State {
     /// The furthest position that a keepalive has named.
     pub(super) announced: u64,
     pub(super) holder: Option<usize>,
+    /// An operator has moved the slot.
+    pub(super) was_moved: bool,
     pub(super) streams: Vec<Stream>,
     pub(super) lives: Vec<Life>,
     /// Whether the server sends with pauses between.
@@ -138,6 +161,10 @@ enum Event {
     Arrives(usize, Row, &'static str),
     Told(usize, u64),
 }
+
+/// Statuses are so far apart, and a row that cannot be delivered stops the relay within this once all before it is settled.
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+const STOPS_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long the writers may take between two transactions, and where the WAL begins.
 const GAP_MAX: u64 = 3000;
@@ -164,6 +191,7 @@ impl World {
             saved: WAL_START,
             announced: WAL_START,
             holder: None,
+            was_moved: false,
             streams: Vec::new(),
             lives: Vec::new(),
             pauses: true,
@@ -298,6 +326,28 @@ impl State {
         self.note(Event::Arrives(stream, row, verdict));
     }
 
+    /// A status between two others comes at a distance, whatever the server asks for; and one that comes long after a row
+    /// that cannot be delivered comes from a relay that should have stopped there.
+    pub(super) fn paces(&mut self, stream: usize) {
+        let stream = &self.streams[stream];
+        let known = &self.lives[stream.life].known;
+        let barrier = stream.barriers.iter().find(|(_, is_final)| *is_final || !self.healed);
+        let is_due = barrier.is_some_and(|(barrier, _)| stream.sent[..*barrier].iter().all(|row| known[*row]));
+        let is_excused = stream.is_excused || self.lives[stream.life].frozen;
+        if stream.last_status.elapsed() < STATUS_INTERVAL {
+            self.accuse("two statuses at once");
+        } else if is_due && !is_excused && stream.barrier_at.max(stream.settled_at).elapsed() > STOPS_WITHIN {
+            self.accuse("goes on at a row that cannot be delivered");
+        }
+    }
+
+    /// The process has to end now, and for this reason.
+    pub(super) fn dooms(&mut self, life: usize, cause: Cause) {
+        let life = &mut self.lives[life];
+        life.condemned.push(cause);
+        life.doomed = true;
+    }
+
     pub(super) fn hears(&mut self, stream: usize, lsn: u64) {
         self.note(Event::Told(stream, lsn));
     }
@@ -340,7 +390,7 @@ impl State {
         let now = self.began.elapsed();
         let there = self.wal.iter().filter(|entry| entry.at <= now).count();
         // The slot on the standby lags too, and never stands beyond the standby's WAL.
-        let reached = self.wal.iter().take(there).filter(|entry| entry.end_lsn <= self.saved).count();
+        let reached = self.wal.iter().take(there).filter(|entry| entry.commit_lsn < self.saved).count();
         let kept = self.random.usize(reached..=there);
         let lost: Vec<Entry> = self.wal.drain(kept..there).collect();
         for row in lost.iter().flat_map(|entry| entry.rows.clone()) {
@@ -358,6 +408,27 @@ impl State {
         self.epoch += 1;
         self.confirmed = self.saved;
         self.announced = self.saved;
+    }
+
+    /// An operator does what the relay advised when it stopped at this row: the slot goes past the beginning of its
+    /// transaction's commit record, and so past everything before it.
+    pub(super) fn skip(&mut self, commit_lsn: u64, seq: usize) {
+        if commit_lsn < self.confirmed {
+            return;
+        }
+        let passed = self.confirmed..=commit_lsn;
+        for entry in self.wal.clone().iter().filter(|entry| passed.contains(&entry.commit_lsn)) {
+            let named = if entry.commit_lsn == commit_lsn { entry.rows.start + seq } else { entry.rows.end };
+            // A crash may have undone an earlier skip.
+            let is_open = |row: &Row| !self.rows[*row].acknowledged && !self.rows[*row].skipped;
+            if let Some(row) = (entry.rows.start..named).find(is_open) {
+                let name = self.name(row);
+                self.accuse(format!("what was advised skips {name}, which was not delivered"));
+            }
+            (named..entry.rows.end).for_each(|row| self.rows[row].skipped = true);
+        }
+        self.note(Event::Text(format!("an operator moves the slot to {}", commit_lsn + 1)));
+        (self.confirmed, self.was_moved) = (commit_lsn + 1, true);
     }
 
     fn tell(&self, event: &Event) -> impl fmt::Display {
@@ -378,7 +449,7 @@ impl State {
 fn write(plan: &Plan, random: &mut fastrand::Rng, dice: &mut Dice) -> (Vec<Entry>, Vec<Fate>) {
     let (mut wal, mut rows) = (Vec::new(), Vec::new());
     let (mut lsn, mut at, mut burst) = (WAL_START, 0, 0);
-    let mut huge = false;
+    let (mut huge, mut cluster) = (false, 0);
     for number in 0..random.u32(5..40).min(plan.transactions) {
         if dice.strikes(Fault::Burst) {
             burst = random.u32(3..10);
@@ -397,12 +468,18 @@ fn write(plan: &Plan, random: &mut fastrand::Rng, dice: &mut Dice) -> (Vec<Entry
         if !huge && plan.transactions > 1 && dice.strikes(Fault::HugeTransaction) {
             (huge, count) = (true, random.usize(200..1500));
         }
+        if dice.strikes(Fault::Undeliverables) {
+            cluster = 3;
+        }
+        if cluster > 0 {
+            cluster -= 1;
+            at = wal.last().map_or(at, |last: &Entry| last.at.as_millis() as u64);
+        }
         let first = rows.len();
         for row in 0..count {
-            // Once in a transaction at most: the relay stops at each.
-            let is_first = row == 0;
-            let poisoned = is_first && dice.strikes(Fault::Poison);
-            let inadmissible = is_first && dice.strikes(Fault::Inadmissible);
+            let (is_first, is_bad) = (row == 0, cluster > 0 && random.u8(..) < 40);
+            let poisoned = is_first && dice.strikes(Fault::Poison) || is_bad && random.bool();
+            let inadmissible = is_first && dice.strikes(Fault::Inadmissible) || is_bad && !poisoned;
             rows.push(Fate { name: (number as usize, row), poisoned, inadmissible, ..Fate::default() });
         }
         let partition = if dice.strikes(Fault::UnknownPartition) { number } else { 0 };

@@ -3,6 +3,7 @@
 //! The trap: a slot of the same name looks like the old one. Only a relay that remembers what it told Postgres can see that
 //! rows lie between the two.
 
+use nix::sys::signal::Signal;
 use pgoutbox::servers::Postgres;
 
 use super::{Road, WORLD, ended, statement, stops, verb};
@@ -77,6 +78,36 @@ async fn a_second_relay_waits_says_so_once_and_takes_over() {
     second.ready().await;
     assert_eq!(second.metric("pgoutbox_published_total"), 1.0);
     assert_eq!(second.stop(), 0);
+}
+
+/// It stood still for longer than Postgres waits, and the slot went on without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_finds_its_slot_with_another_one_waits_for_it() {
+    let outbox = outbox().await;
+    let consumer = Consumer::start(&outbox).await;
+    let first = Relay::start(&outbox);
+    outbox.insert("first").await;
+    consumer.wait_distinct(1).await;
+    first.ready().await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    first.signal(Signal::SIGSTOP);
+    let holder = format!("from pg_replication_slots where slot_name = '{}'", outbox.name);
+    outbox.sql(&format!("select pg_terminate_backend(active_pid) {holder}")).await;
+    let is_held = format!("select 'yes' {holder} and active");
+    eventually("nobody holds it", || async { outbox.text(&is_held).await.is_none() }).await;
+    let second = Relay::start(&outbox);
+    outbox.insert("second").await;
+    consumer.wait_distinct(2).await;
+    let before = outbox.confirmed().await;
+    outbox.insert("third").await;
+    eventually("the slot goes on", || async { outbox.confirmed().await > before }).await;
+    first.signal(Signal::SIGCONT);
+    eventually("it waits", || async { first.get("/readyz").1.contains("is active for PID") }).await;
+    assert_eq!(second.stop(), 0);
+    first.ready().await;
+    let keys: Vec<String> = consumer.wait_distinct(3).await.into_iter().map(|received| received.routing_key).collect();
+    assert_eq!(keys, ["order.first", "order.second", "order.third"], "{}", first.log());
+    assert_eq!(first.stop(), 0);
 }
 
 /// A relay that has streamed and then lost its broker.
