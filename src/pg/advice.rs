@@ -114,7 +114,7 @@ impl Circumstances {
         }
         if slot.failover != Some(true) {
             let problem = format!("it is not kept on standbys, and there are some: {listed}");
-            let command = format!("ALTER_REPLICATION_SLOT {} (FAILOVER true);", names.slot);
+            let command = format!("ALTER_REPLICATION_SLOT {} (FAILOVER true);", identifier(&names.slot));
             let database = world.database.replace('\\', r"\\").replace('\'', r"\'");
             let conninfo = format!("dbname='{database}' replication=database");
             let remedy = Remedy::shell(format!("psql -d {} -c {}", word(&conninfo), word(&command)))

@@ -13,6 +13,7 @@ mod dial;
 pub mod error;
 mod handover;
 mod hosts;
+mod keywords;
 mod login;
 mod minors;
 mod passfile;

@@ -4,6 +4,7 @@
 //! happily from a world that has lost its outbox. A table dropped and re-created is no longer in the publication, a row
 //! filter hides rows, and keepalives advance the slot past all of it.
 
+use super::keywords::needs_quotes;
 use super::refusal::raise;
 use crate::finding::{Finding, Remedy, word};
 use crate::lsn::Lsn;
@@ -42,7 +43,8 @@ pub fn version(number: i32) -> String {
 /// A name as SQL wants it: bare when it can stand bare.
 pub fn identifier(name: &str) -> String {
     let bare = name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_')
-        && name.chars().all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_');
+        && name.chars().all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_')
+        && !needs_quotes(name);
     if bare { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\"\"")) }
 }
 
@@ -641,6 +643,7 @@ mod tests {
     fn names_are_quoted_only_where_they_must_be() {
         assert_eq!(identifier("outbox_2"), "outbox_2");
         assert_eq!(identifier("Out\"box"), "\"Out\"\"box\"");
+        assert_eq!(identifier("user"), "\"user\"");
         assert_eq!(literal("it's"), "'it''s'");
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! The trap: `--print-sql` that nobody ever pastes rots. Here it is pasted, and the relay runs as the role that it makes.
 
+mod words;
+
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Output, Stdio};
 
