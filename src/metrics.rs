@@ -48,7 +48,7 @@ pub struct Metrics {
     pub wal_lag_bytes: Gauge,
     /// WAL that the slot keeps on the server's disk.
     pub slot_retained_bytes: Gauge,
-    /// WAL that may still be written before the slot is in danger.
+    /// WAL that may still be written before the slot is in danger; -1 without a limit.
     pub slot_safe_bytes: Gauge,
     /// Sessions by how they ended.
     pub sessions: Family<End, Counter>,
@@ -94,7 +94,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// All at zero, not ready.
+    /// All at zero, not ready; but 0 safe bytes would be an alarm.
     pub fn new() -> Self {
         let mut metrics = Self {
             published: Counter::default(),
@@ -118,6 +118,7 @@ impl Metrics {
             state: Mutex::default(),
             registry: Registry::with_prefix("pgoutbox"),
         };
+        metrics.slot_safe_bytes.set(-1);
         metrics.register();
         // All there are, at zero: who counts what a counter rises by never sees the step with which it appears.
         for reason in ["unroutable", "nacked", "undeliverable"] {
@@ -168,7 +169,7 @@ impl Metrics {
         );
         registry.register(
             "slot_safe_bytes",
-            "WAL that may be written before the slot is in danger; -1 without a limit",
+            "WAL that may be written before the slot is in danger, 0 when it is lost; -1 without a limit, or not known yet",
             self.slot_safe_bytes.clone(),
         );
         registry.register("sessions", "Sessions by how they ended", self.sessions.clone());
@@ -339,7 +340,7 @@ mod tests {
             "pgoutbox_received_lsn 0",
             "pgoutbox_wal_lag_bytes 0",
             "pgoutbox_slot_retained_bytes 0",
-            "pgoutbox_slot_safe_bytes 0",
+            "pgoutbox_slot_safe_bytes -1",
             "pgoutbox_sessions_total{end=\"broker\"} 1",
             "pgoutbox_ready 0",
             "pgoutbox_broker_blocked 0",

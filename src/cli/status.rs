@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use super::{complain, write_out};
 use crate::config::Config;
 use crate::error::Error;
-use crate::finding::{Finding, Remedy, explain};
+use crate::finding::{Finding, explain};
 use crate::http::ask;
 use crate::pg::catalog::{Control, Holder};
 use crate::pg::world::Slot;
@@ -36,7 +36,8 @@ pub(super) struct Arguments {
 /// Everything at one moment.
 struct Status {
     name: String,
-    slot: Slot,
+    /// None: it is missing.
+    slot: Option<Slot>,
     holder: Option<Holder>,
     publication: String,
     problems: Vec<Finding>,
@@ -55,7 +56,9 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let Some(seconds) = arguments.watch else {
         let status = look(config).await?;
         write_out(&if arguments.json { format!("{:#}\n", status.json()) } else { status.text() })?;
-        return Ok(());
+        return status.slot.as_ref().map(drop).ok_or_else(|| {
+            Error::Found(format!("replication slot {} does not exist; what to do is said in problems", status.name))
+        });
     };
     loop {
         let status = look(config).await;
@@ -83,11 +86,8 @@ async fn look(config: &Config) -> Result<Status, Error> {
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let problems = super::check::findings(config, &control).await?;
-    let Some(slot) = control.slot(&names.slot).await? else {
-        let problem = format!("replication slot {} does not exist", names.slot);
-        return Err(Error::Found(Finding::new(problem, Remedy::shell("pgoutbox init")).to_string()));
-    };
-    let holder = match slot.active_pid {
+    let slot = control.slot(&names.slot).await?;
+    let holder = match slot.as_ref().and_then(|slot| slot.active_pid) {
         Some(pid) => control.holder(pid).await?,
         None => None,
     };
@@ -126,17 +126,8 @@ async fn ask_relay(listen: SocketAddr) -> Relay {
 }
 
 impl Status {
-    fn lag_bytes(&self) -> u64 {
-        self.slot.server.bytes_since(self.slot.confirmed)
-    }
-
-    /// The server forgets the time once there is no lag.
-    fn lag_seconds(&self) -> Option<f64> {
-        self.slot.lag_seconds.or((self.lag_bytes() == 0).then_some(0.0))
-    }
-
     fn json(&self) -> Json {
-        let slot = &self.slot;
+        let slot = self.slot.as_ref();
         let holder = |holder: &Holder| {
             let Holder { pid, application, address, state } = holder;
             json!({ "pid": pid, "application": application, "address": address, "state": state })
@@ -150,16 +141,16 @@ impl Status {
         };
         json!({
             "slot": self.name,
-            "confirmed_lsn": slot.confirmed.to_string(),
-            "server_lsn": slot.server.to_string(),
-            "lag_bytes": self.lag_bytes(),
-            "lag_seconds": self.lag_seconds(),
-            "retained_bytes": slot.server.bytes_since(slot.restart),
-            "safe_bytes": slot.safe_bytes,
-            "wal_status": slot.wal_status,
-            "invalidation_reason": slot.invalidation_reason,
-            "failover": slot.failover,
-            "held_by_pid": slot.active_pid,
+            "confirmed_lsn": slot.map(|slot| slot.confirmed.to_string()),
+            "server_lsn": slot.map(|slot| slot.server.to_string()),
+            "lag_bytes": slot.map(lag_bytes),
+            "lag_seconds": slot.and_then(lag_seconds),
+            "retained_bytes": slot.map(Slot::retained_bytes),
+            "safe_bytes": slot.and_then(Slot::safe_bytes),
+            "wal_status": slot.map(|slot| &slot.wal_status),
+            "invalidation_reason": slot.map(|slot| &slot.invalidation_reason),
+            "failover": slot.map(|slot| slot.failover),
+            "held_by_pid": slot.map(|slot| slot.active_pid),
             "held_by": self.holder.as_ref().map(holder),
             "publication": self.publication,
             "problems": self.problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -168,25 +159,11 @@ impl Status {
     }
 
     fn text(&self) -> String {
-        let slot = &self.slot;
-        let seconds = self.lag_seconds().map_or_else(|| "unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
-        let safe = slot.safe_bytes.map_or_else(
-            || "no limit".to_owned(),
-            |bytes| size(u64::try_from(bytes).unwrap_or(0)) + " more WAL until the slot is in danger",
-        );
-        let status = slot.wal_status.as_deref().unwrap_or("unknown");
-        let status =
-            slot.invalidation_reason.as_ref().map_or(status.to_owned(), |reason| format!("{status}: {reason}"));
-        let mut lines = vec![
-            ("slot", format!("{} at {}", self.name, slot.confirmed)),
-            ("server", slot.server.to_string()),
-            ("lag", format!("{}, {seconds}", size(self.lag_bytes()))),
-            ("retained", size(slot.server.bytes_since(slot.restart))),
-            ("safe", safe),
-            ("wal_status", status),
-            ("held by", self.holder()),
-            ("publication", self.publication.clone()),
-        ];
+        let mut lines = match &self.slot {
+            Some(slot) => self.position(slot),
+            None => vec![("slot", format!("{} does not exist", self.name))],
+        };
+        lines.push(("publication", self.publication.clone()));
         let sound = || vec!["none".to_owned()];
         let problems: Vec<String> = self.problems.iter().map(ToString::to_string).collect();
         let problems = if problems.is_empty() { sound() } else { problems };
@@ -195,8 +172,29 @@ impl Status {
         lines.iter().map(|(name, value)| format!("{name:12} {value}\n")).collect()
     }
 
-    fn holder(&self) -> String {
-        let Some(pid) = self.slot.active_pid else { return "nobody".to_owned() };
+    fn position(&self, slot: &Slot) -> Vec<(&'static str, String)> {
+        let seconds = lag_seconds(slot).map_or_else(|| "unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
+        let safe = match slot.safe_bytes() {
+            _ if slot.is_lost() => "none: the slot is lost".to_owned(),
+            None => "no limit".to_owned(),
+            Some(bytes) => size(u64::try_from(bytes).unwrap_or(0)) + " more WAL until the slot is in danger",
+        };
+        let status = slot.wal_status.as_deref().unwrap_or("unknown");
+        let status =
+            slot.invalidation_reason.as_ref().map_or(status.to_owned(), |reason| format!("{status}: {reason}"));
+        vec![
+            ("slot", format!("{} at {}", self.name, slot.confirmed)),
+            ("server", slot.server.to_string()),
+            ("lag", format!("{}, {seconds}", size(lag_bytes(slot)))),
+            ("retained", size(slot.retained_bytes())),
+            ("safe", safe),
+            ("wal_status", status),
+            ("held by", self.holder(slot)),
+        ]
+    }
+
+    fn holder(&self, slot: &Slot) -> String {
+        let Some(pid) = slot.active_pid else { return "nobody".to_owned() };
         let told = |text: &Option<String>, word: &str| text.as_ref().map(|text| format!("{word}{text}"));
         let holder = self.holder.as_ref();
         let parts = [
@@ -215,6 +213,15 @@ impl Status {
             Relay::Answers(address, reasons) => format!("{address}: not ready: {}", reasons.join("; ")),
         }
     }
+}
+
+fn lag_bytes(slot: &Slot) -> u64 {
+    slot.server.bytes_since(slot.confirmed)
+}
+
+/// The server forgets the time once there is no lag.
+fn lag_seconds(slot: &Slot) -> Option<f64> {
+    slot.lag_seconds.or((lag_bytes(slot) == 0).then_some(0.0))
 }
 
 /// For people, and exactly.

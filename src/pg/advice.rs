@@ -2,7 +2,7 @@
 //!
 //! The trap: advice that is always there is read once. What is as it should be says so in its line and is no note.
 
-use super::world::{Names, World, identifier, literal, version};
+use super::world::{Names, Slot, World, identifier, literal, version};
 use crate::finding::{Finding, Look, Remedy, as_called, word};
 
 /// What is asked about settings.
@@ -72,7 +72,7 @@ impl Circumstances {
         if setting.raw == "-1" {
             return Some(Look::sound(format!("{what}: WAL is kept for as long as it takes, and no slot is lost")));
         }
-        let left = slot.and_then(|slot| slot.safe_bytes);
+        let left = slot.and_then(Slot::safe_bytes);
         let left = left.map(|bytes| format!(", {bytes} bytes from now")).unwrap_or_default();
         let problem = format!("slot {} is lost when the relay is further behind{left}", names.slot);
         let remedy = Remedy::sql("ALTER SYSTEM SET max_slot_wal_keep_size = -1")

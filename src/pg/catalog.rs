@@ -368,7 +368,7 @@ fn slot(row: &Row) -> Result<Slot, Error> {
         confirmed: lsn(3)?,
         restart: lsn(4)?,
         wal_status: row.try_get(5)?,
-        safe_bytes: row.try_get(6)?,
+        safe_wal_size: row.try_get(6)?,
         two_phase: row.try_get(7)?,
         temporary: row.try_get(8)?,
         server: lsn(9)?,

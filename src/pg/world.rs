@@ -93,7 +93,7 @@ pub struct Slot {
     pub active_pid: Option<i32>,
     /// What Postgres was told.
     pub confirmed: Lsn,
-    /// From where on WAL is kept.
+    /// From where on WAL is kept; of a lost one none is, whatever stands here.
     pub restart: Lsn,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
@@ -101,8 +101,8 @@ pub struct Slot {
     pub invalidation_reason: Option<String>,
     /// Whether it is kept on standbys; PostgreSQL 17 and later.
     pub failover: Option<bool>,
-    /// Bytes that may still be written before it is in danger; none without a limit.
-    pub safe_bytes: Option<i64>,
+    /// `safe_wal_size`: none without a limit, and none when it is lost. See [`Slot::safe_bytes`].
+    pub safe_wal_size: Option<i64>,
     /// Whether transactions are sent at PREPARE, before their outcome is known.
     pub two_phase: bool,
     /// Whether it goes with the session that made it.
@@ -220,7 +220,7 @@ impl World {
             let mind = format!("Or, if the outbox is there, connect to {database} in postgres.url");
             findings.push(Finding::new(problem, another_slot(name).mind(mind)));
         }
-        if slot.wal_status.as_deref() == Some("lost") {
+        if slot.is_lost() {
             let reconcile = format!("reconcile from the table what was committed after {}", slot.confirmed);
             let remedy = Remedy::act(reconcile)
                 .then_sql(format!("SELECT pg_drop_replication_slot({})", literal(name)))
@@ -393,6 +393,22 @@ fn kind_in_words(relkind: &str) -> &'static str {
 }
 
 impl Slot {
+    /// Whether the server has removed what it needs.
+    pub fn is_lost(&self) -> bool {
+        self.wal_status.as_deref() == Some("lost")
+    }
+
+    /// WAL that is kept for its sake. The server leaves out a lost slot's position, or leaves it and keeps nothing.
+    pub fn retained_bytes(&self) -> u64 {
+        if self.is_lost() { 0 } else { self.server.bytes_since(self.restart) }
+    }
+
+    /// Bytes that may still be written before it is in danger; none without a limit. For a lost slot the server says
+    /// nothing, as it does where there is no limit.
+    pub fn safe_bytes(&self) -> Option<i64> {
+        if self.is_lost() { Some(0) } else { self.safe_wal_size }
+    }
+
     /// Why the server did not keep what it needs.
     fn lost_by(&self) -> &'static str {
         match self.invalidation_reason.as_deref() {
@@ -462,7 +478,7 @@ mod tests {
                 wal_status: Some("reserved".to_owned()),
                 invalidation_reason: None,
                 failover: None,
-                safe_bytes: None,
+                safe_wal_size: None,
                 two_phase: false,
                 temporary: false,
                 server: Lsn::new(32),
@@ -496,6 +512,15 @@ mod tests {
     #[test]
     fn a_sound_world_has_no_findings() {
         assert_eq!(sound().findings(&names()), []);
+    }
+
+    #[test]
+    fn a_lost_slot_keeps_nothing_and_is_not_without_a_limit() {
+        let mut slot = sound().slot.unwrap();
+        assert_eq!((slot.retained_bytes(), slot.safe_bytes()), (24, None));
+        // As the server shows it.
+        (slot.wal_status, slot.restart, slot.safe_wal_size) = (Some("lost".to_owned()), Lsn::ZERO, None);
+        assert_eq!((slot.retained_bytes(), slot.safe_bytes()), (0, Some(0)));
     }
 
     type Break = fn(&mut World);

@@ -200,8 +200,8 @@ impl Postgres {
     fn measure(&self, slot: &Slot) {
         let gauge = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         self.metrics.wal_lag_bytes.set(gauge(slot.server.bytes_since(slot.confirmed)));
-        self.metrics.slot_retained_bytes.set(gauge(slot.server.bytes_since(slot.restart)));
-        self.metrics.slot_safe_bytes.set(slot.safe_bytes.unwrap_or(-1));
+        self.metrics.slot_retained_bytes.set(gauge(slot.retained_bytes()));
+        self.metrics.slot_safe_bytes.set(slot.safe_bytes().unwrap_or(-1));
         if slot.wal_status.as_deref() == Some("unreserved") {
             tracing::error!(
                 slot = self.names.slot,

@@ -176,8 +176,17 @@ async fn status_tells_where_the_slot_stands_and_who_holds_it() {
     }
     assert_eq!(relay.stop(), 0);
     outbox.sql(&format!("select pg_drop_replication_slot('{}')", outbox.name)).await;
-    let (code, _, err) = verb(&outbox, &["status"]);
-    assert!(code == WORLD && err.contains("does not exist"), "{err}");
+    // What `check` says of a slot that is gone, and nothing to parse is missing.
+    let (code, out, err) = verb(&outbox, &["status"]);
+    assert!(
+        code == WORLD && err.contains("does not exist") && out.contains("rows committed since it went"),
+        "{out}{err}"
+    );
+    let (code, out, _) = verb(&outbox, &["status", "--json"]);
+    let status: Json = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &status["slot"], &status["confirmed_lsn"]), (WORLD, &outbox.name.as_str().into(), &Json::Null));
+    let problem = status["problems"][0].as_str().unwrap();
+    assert!(problem.contains("does not exist in this cluster") && problem.contains("reconcile"), "{out}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -172,6 +172,17 @@ async fn a_lost_slot_is_named_before_the_start_and_after_waiting_for_the_broker(
     let _consumer = Consumer::start(&outbox).await;
     let (relay, road) = relay_without_broker(&mut outbox).await;
     lose(&outbox).await;
+    // A server says of a lost slot what it says of one without a limit; and a position of zero is not all the WAL there is.
+    let metrics = ["pgoutbox_slot_safe_bytes", "pgoutbox_slot_retained_bytes"];
+    eventually("the metrics of a lost slot", || async { metrics.map(|name| relay.metric(name)) == [0.0, 0.0] }).await;
+    let output = verb(&outbox, &["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&status["wal_status"], &status["safe_bytes"], &status["retained_bytes"]),
+        (&"lost".into(), &0.into(), &0.into())
+    );
+    let output = String::from_utf8(verb(&outbox, &["status"]).stdout).unwrap();
+    assert!(output.contains("safe         none: the slot is lost\n"), "{output}");
     road.open();
     let lost = format!("replication slot {} is lost", outbox.name);
     let says = [lost.as_str(), "max_slot_wal_keep_size", "reconcile"];
