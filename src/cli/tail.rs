@@ -1,22 +1,31 @@
 //! `pgoutbox tail`: messages as they commit, as JSON lines, through a temporary slot that moves nobody's position.
+//!
+//! The trap: what stops a relay is told with what mends a relay's slot, and who only looks on must not be told to drop it.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, Stdout};
-use tokio::time::interval;
+use tokio::time::{interval, sleep};
 
+use super::complain;
 use crate::config::Config;
 use crate::error::Error;
 use crate::lsn::Lsn;
-use crate::outbox::{Assembler, HeaderValue, Item, Message, Tables};
+use crate::outbox::{self, Assembler, HeaderValue, Item, Message, Tables};
 use crate::pg::catalog::Control;
 use crate::pg::replication::{Event, Replication, Status};
+use crate::pg::world::{Names, World};
 use crate::relay;
 use crate::sink::stdout::line;
 
 /// Well below the smallest sensible `wal_sender_timeout`.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The catalog is asked for a new table so often: a commit that waits for a synchronous standby is in the stream first.
+const LOOKS: u32 = 4;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(250);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -55,16 +64,13 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     if !findings.is_empty() {
         return Err(crate::pg::Error::World(findings).into());
     }
-    let outbox: HashSet<u32> = world.table.iter().flat_map(|table| table.family.iter().copied()).collect();
-    let name = (names.schema.clone(), names.table.clone());
-    let tables = Tables { outbox, others: world.others().into_iter().collect(), name };
-    let mut assembler = Assembler::new(config.mapping.clone(), tables);
-
+    let assembler = Assembler::new(config.mapping.clone(), tables(names, &world));
     let mut replication = Replication::open(&control, &config.postgres).await?;
     // In containers every process is number 1.
     let slot = format!("pgoutbox_tail_{:08x}", fastrand::u32(..));
     replication.create_temporary_slot(&slot).await?;
     let mut stream = replication.start(&slot, &names.publication, Lsn::ZERO).await?;
+    let mut reader = Reader { assembler, control, names, passing: HashSet::new() };
     let mut position = Lsn::ZERO;
     let mut ticks = interval(STATUS_INTERVAL);
     let mut out = tokio::io::stdout();
@@ -79,8 +85,8 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
             event = stream.next() => event?,
         };
         let item = match event {
-            Event::Data(bytes) => assembler.change(bytes).map_err(relay::Error::from)?,
-            Event::Keepalive { wal_end, .. } => assembler.keepalive(wal_end).map_err(relay::Error::from)?,
+            Event::Data(bytes) => reader.change(bytes).await?,
+            Event::Keepalive { wal_end, .. } => reader.assembler.keepalive(wal_end).map_err(relay::Error::from)?,
             Event::Part => None,
         };
         match item {
@@ -92,6 +98,57 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
             }
             Some(Item::Message(..)) | None => {}
         }
+    }
+}
+
+/// Makes messages of the stream, with a catalog to ask.
+struct Reader<'a> {
+    assembler: Assembler,
+    control: Control,
+    names: &'a Names,
+    /// Tables that are in no catalog any more, and whose rows pass by.
+    passing: HashSet<u32>,
+}
+
+impl Reader<'_> {
+    async fn change(&mut self, bytes: Bytes) -> Result<Option<Item>, Error> {
+        for look in 0..=LOOKS {
+            match self.assembler.change(bytes.clone()) {
+                Err(outbox::Error::UnknownTable { .. }) if look < LOOKS => self.look(look).await?,
+                Err(outbox::Error::UnknownTable { oid, name, .. }) => {
+                    let unknown = "the catalog knows it neither as the outbox nor as a table of the publication";
+                    complain(&format!("rows of table {name} (OID {oid}) pass by: {unknown}"));
+                    self.passing.insert(oid);
+                    self.look(0).await?;
+                }
+                Err(outbox::Error::Recreated { name, .. }) => {
+                    let problem =
+                        format!("table {name} was dropped and re-created. Remedy: begin `pgoutbox tail` anew");
+                    return Err(Error::Found(problem));
+                }
+                item => return Ok(item.map_err(relay::Error::from)?),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks the catalog again, the first time at once.
+    async fn look(&mut self, before: u32) -> Result<(), Error> {
+        if before > 0 {
+            sleep(BETWEEN_LOOKS).await;
+        }
+        let mut tables = tables(self.names, &self.control.inspect(self.names).await?);
+        tables.others.extend(&self.passing);
+        self.assembler.set_tables(tables);
+        Ok(())
+    }
+}
+
+fn tables(names: &Names, world: &World) -> Tables {
+    Tables {
+        outbox: world.table.iter().flat_map(|table| table.family.iter().copied()).collect(),
+        others: world.others().into_iter().collect(),
+        name: (names.schema.clone(), names.table.clone()),
     }
 }
 

@@ -243,6 +243,25 @@ async fn tail_prints_only_the_rows_that_are_asked_for() {
     assert!(line.contains(&id), "{line}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tail_goes_on_past_tables_that_are_younger_than_it_or_gone() {
+    let outbox = outbox().await;
+    outbox.sql("drop publication pgoutbox; create publication pgoutbox for all tables with (publish = 'insert')").await;
+    let mut tail = command(&outbox, &["tail"]);
+    let mut tail = tail.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    tail_streams(&outbox).await;
+    outbox.sql("create table younger (id int); insert into younger values (1)").await;
+    outbox.sql("begin; create table gone (id int); insert into gone values (1), (2); drop table gone; commit").await;
+    let id = outbox.insert("placed").await;
+    let mut line = String::new();
+    BufReader::new(tail.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    tail.kill().unwrap();
+    let err = String::from_utf8(tail.wait_with_output().unwrap().stderr).unwrap();
+    assert!(line.contains(&id), "{line}{err}");
+    assert_eq!(err.matches("rows of table public.gone").count(), 1, "{err}");
+    assert!(!err.contains("public.younger") && !err.contains("drop the slot"), "{err}");
+}
+
 /// A slot is there before it is of use: a row that is committed then is not in its stream.
 async fn tail_streams(outbox: &Outbox) {
     let slots = "select count(*) from pg_replication_slots where temporary and active \
