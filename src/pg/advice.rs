@@ -121,16 +121,16 @@ impl Circumstances {
                 .mind("While no relay holds it. The standby needs sync_replication_slots");
             return Some(Look::note(what, problem, remedy));
         }
-        Some(self.synchronized(what, &listed))
+        Some(self.synchronized(what))
     }
 
-    fn synchronized(&self, what: String, listed: &str) -> Look {
+    /// Postgres sends nothing before each slot that is named there has it: one that nobody uses makes a relay stand still.
+    fn synchronized(&self, what: String) -> Look {
         let synchronized = self.setting("synchronized_standby_slots").map_or("", |setting| setting.shown.as_str());
         if synchronized.is_empty() {
             let problem =
                 "synchronized_standby_slots is empty: messages can be published that a standby knows nothing of";
-            let set = format!("ALTER SYSTEM SET synchronized_standby_slots = {}", literal(listed));
-            return Look::note(what, problem, Remedy::sql(set).then_sql("SELECT pg_reload_conf()"));
+            return Look::note(what, problem, self.synchronize());
         }
         let is_here = |name: &str| self.standbys.iter().any(|(slot, is_active)| slot == name && *is_active);
         let names = synchronized.split(',').map(|name| name.trim().trim_matches('"'));
@@ -142,6 +142,24 @@ impl Circumstances {
         }
         let problem = format!("nothing is published until these standbys are back: {}", away.join(", "));
         Look::note(what, problem, Remedy::default().mind("Or take them out of synchronized_standby_slots"))
+    }
+
+    /// Names the slots that somebody uses now.
+    fn synchronize(&self) -> Remedy {
+        let joined = |is_active: bool| {
+            let slots = self.standbys.iter().filter(|(_, active)| *active == is_active);
+            slots.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
+        };
+        let (here, away) = (joined(true), joined(false));
+        let waits = "While one that is named there is away, nothing is decoded or published: name none that is not a \
+                     standby's which may take over";
+        let unused = format!("{waits}. Nobody uses these now: {away}");
+        let mind = if away.is_empty() { waits } else { &unused };
+        if here.is_empty() {
+            return Remedy::act("name its slot there when a standby is connected").mind(mind);
+        }
+        let set = format!("ALTER SYSTEM SET synchronized_standby_slots = {}", literal(&here));
+        Remedy::sql(set).then_sql("SELECT pg_reload_conf()").mind(mind)
     }
 
     fn publication(&self, names: &Names, world: &World) -> Vec<Look> {
@@ -197,4 +215,28 @@ pub fn begin_anew(names: &Names) -> Remedy {
 pub fn not_looked(what: impl Into<String>, why: impl Into<String>, remedy: Remedy) -> Look {
     let Finding { problem, remedy } = Finding::new(format!("not looked at: {}", why.into()), remedy);
     Look::note(what, problem, remedy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finding::{Step, Verdict};
+
+    #[test]
+    fn only_slots_that_somebody_uses_are_proposed_for_postgres_to_wait_for() {
+        let advised = |standbys: &[(&str, bool)]| {
+            let standbys = standbys.iter().map(|(name, is_active)| ((*name).to_owned(), *is_active)).collect();
+            let circumstances = Circumstances { standbys, ..Circumstances::default() };
+            let Verdict::Note(finding) = circumstances.synchronized("failover".to_owned()).verdict else { panic!() };
+            let steps = finding.remedy.steps().iter().map(Step::text).collect::<Vec<_>>();
+            (steps, finding.remedy.to_mind().unwrap().to_owned())
+        };
+        let (steps, mind) = advised(&[("backup", false), ("one", true), ("retired", false), ("two", true)]);
+        assert_eq!(steps[0], "ALTER SYSTEM SET synchronized_standby_slots = 'one, two';");
+        assert!(mind.ends_with("Nobody uses these now: backup, retired"), "{mind}");
+        let (steps, mind) = advised(&[("one", true)]);
+        assert!(steps[0].ends_with("= 'one';") && mind.starts_with("While one that is named there is away"), "{mind}");
+        let (steps, mind) = advised(&[("retired", false)]);
+        assert!(!steps[0].contains("ALTER") && mind.contains("retired"), "{steps:?} {mind}");
+    }
 }
