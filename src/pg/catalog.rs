@@ -282,7 +282,7 @@ impl Control {
         let oid: u32 = row.try_get(0)?;
         let columns = self
             .all(
-                "select attname::text, atttypid from pg_catalog.pg_attribute \
+                "select attname::text, atttypid, attgenerated::text from pg_catalog.pg_attribute \
                  where attrelid = $1 and attnum > 0 and not attisdropped order by attnum",
                 &[&oid],
             )
@@ -309,6 +309,7 @@ impl Control {
             owner: row.try_get(4)?,
             kind: row.try_get(1)?,
             columns: columns.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, Error>>()?,
+            generated: generated(&columns)?,
             leaves: Vec::new(),
             family: vec![oid],
             heirs: heirs.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<_, Error>>()?,
@@ -349,6 +350,18 @@ impl Table {
             self.unlogged.push(name);
         }
     }
+}
+
+/// Those of these columns that are generated, and whether they are stored.
+fn generated(columns: &[Row]) -> Result<Vec<(String, bool)>, Error> {
+    let mut generated = Vec::new();
+    for row in columns {
+        match row.try_get(2)? {
+            "" => {}
+            kind => generated.push((row.try_get(0)?, kind == "s")),
+        }
+    }
+    Ok(generated)
 }
 
 fn count(row: &Row, index: usize) -> Result<u32, Error> {

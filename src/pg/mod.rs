@@ -2,13 +2,14 @@
 //!
 //! Reading order: `settings` (with `conninfo`, `service`, `passfile`), `hosts`, `dial`, `tls`, `connection`, `login`;
 //! `replication`, `pgoutput`; `catalog` is the other road, plain SQL over the same door (`handover`), and `world` what is
-//! read there. What a refusal means, and what mends it, is in `refusal`. For
+//! read there, with `coverage`. What a refusal means, and what mends it, is in `refusal`. For
 //! `check`: `advice` with `minors`, and `rows`.
 
 pub mod advice;
 pub mod catalog;
 pub mod connection;
 mod conninfo;
+mod coverage;
 mod dial;
 pub mod error;
 mod handover;

@@ -13,7 +13,7 @@ use crate::lsn::Lsn;
 const VERSION_MIN: i32 = 140_000;
 
 /// Creates what is missing.
-const INIT: &str = "pgoutbox init";
+pub(super) const INIT: &str = "pgoutbox init";
 
 /// The names of the things that a relay depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -156,6 +156,8 @@ pub struct Table {
     pub kind: String,
     /// Its columns and the OIDs of their types.
     pub columns: Vec<(String, u32)>,
+    /// Those of them that are generated, and whether they are stored.
+    pub generated: Vec<(String, bool)>,
     /// The tables that hold its rows: its leaves, or itself.
     pub leaves: Vec<u32>,
     /// Every OID under which its rows may be announced: itself, its partitions and theirs.
@@ -299,78 +301,6 @@ impl World {
             _ => None,
         }
     }
-
-    /// What the publication publishes of the table.
-    pub fn publication_findings(&self, names: &Names) -> Vec<Finding> {
-        let (table_name, publication_name) = (names.qualified(), identifier(&names.publication));
-        let Some(publication) = &self.publication else {
-            let problem = format!("publication {} does not exist in database {}", names.publication, self.database);
-            let remedy = Remedy::shell(INIT).mind(
-                "If the slot is older than the publication, rows committed before it are not in the stream: reconcile \
-                 them from the table",
-            );
-            return vec![Finding::new(problem, remedy)];
-        };
-        let mut findings = Vec::new();
-        if !publication.inserts {
-            let remedy = Remedy::sql(format!("ALTER PUBLICATION {publication_name} SET (publish = 'insert')"));
-            findings.push(Finding::new(format!("publication {} does not publish inserts", names.publication), remedy));
-        }
-        let Some(table) = self.table.as_ref().filter(|table| table.is_streamable()) else { return findings };
-        let announced = if publication.via_root { vec![table.oid] } else { table.leaves.clone() };
-        let covering: Vec<&Published> =
-            publication.tables.iter().filter(|published| announced.contains(&published.oid)).collect();
-        let is_divided = table.kind == "p" && !publication.via_root;
-        let is_part = |oid: u32| oid != table.oid && table.family.contains(&oid);
-        let has_named_parts = is_divided && publication.members.iter().any(|(oid, _)| is_part(*oid));
-        if covering.len() < announced.len() {
-            let add = if has_named_parts {
-                self.republish(names)
-            } else {
-                Remedy::sql(format!("ALTER PUBLICATION {publication_name} ADD TABLE {table_name}"))
-            };
-            let remedy = add.mind("Rows inserted before that are not in the stream: reconcile them from the table");
-            let problem = format!("publication {} does not cover table {table_name}", names.publication);
-            findings.push(Finding::new(problem, remedy));
-        } else if has_named_parts
-            || is_divided && (publication.all_tables || covering.iter().any(|published| published.is_by_schema))
-        {
-            // Then nothing tells its rows from those of any other table.
-            let problem = format!(
-                "publication {} publishes partitions of {table_name} as tables of their own: one that is detached stays in \
-                 it, and its rows that were not read yet would pass by",
-                names.publication
-            );
-            let via_root = format!("ALTER PUBLICATION {publication_name} SET (publish_via_partition_root = true)");
-            let remedy = if has_named_parts {
-                self.republish(names)
-            } else {
-                Remedy::sql(via_root).mind("Or give the outbox a publication of its own")
-            };
-            findings.push(Finding::new(problem, remedy));
-        }
-        if covering.iter().any(|published| published.row_filter.is_some()) {
-            let problem = format!("publication {} hides rows of {table_name} by a row filter", names.publication);
-            findings.push(Finding::new(problem, self.republish(names)));
-        }
-        findings
-    }
-
-    /// Publishes the table again, whole, and leaves the publication's other tables as they are.
-    pub fn republish(&self, names: &Names) -> Remedy {
-        let (table, publication) = (names.qualified(), identifier(&names.publication));
-        if self.others().is_empty() {
-            return Remedy::sql(format!("ALTER PUBLICATION {publication} SET TABLE {table}"));
-        }
-        let family = self.table.as_ref().map(|table| table.family.as_slice()).unwrap_or_default();
-        let members = self.publication.iter().flat_map(|publication| &publication.members);
-        let members = members.filter(|(oid, _)| family.contains(oid));
-        let members: Vec<&str> = members.map(|(_, name)| name.as_str()).collect();
-        let (drop, add) = (format!("DROP TABLE {}", members.join(", ")), format!("ADD TABLE {table}"));
-        Remedy::sql(format!(
-            "BEGIN; ALTER PUBLICATION {publication} {drop}; ALTER PUBLICATION {publication} {add}; COMMIT"
-        ))
-    }
 }
 
 /// A slot beside one that is somebody else's.
@@ -421,26 +351,8 @@ impl Slot {
 
 impl Table {
     /// Whether rows of it can be in a stream at all; if not, that is said and nothing more.
-    fn is_streamable(&self) -> bool {
+    pub(super) fn is_streamable(&self) -> bool {
         matches!(self.kind.as_str(), "r" | "p") && self.unlogged.is_empty()
-    }
-}
-
-impl World {
-    /// The columns that the stream will carry: the table's, less those that a column list leaves out.
-    pub fn streamed_columns(&self) -> Vec<(String, u32)> {
-        let Some(table) = &self.table else { return Vec::new() };
-        let lists = self.publication.iter().flat_map(|publication| &publication.tables);
-        let list = lists.filter(|published| table.family.contains(&published.oid)).find_map(|p| p.columns.as_ref());
-        let kept = |name: &str| list.is_none_or(|list| list.iter().any(|listed| listed == name));
-        table.columns.iter().filter(|(name, _)| kept(name)).cloned().collect()
-    }
-
-    /// Every OID in the publication that is not the outbox: their rows pass by.
-    pub fn others(&self) -> Vec<u32> {
-        let family = self.table.as_ref().map(|table| table.family.as_slice()).unwrap_or_default();
-        let tables = self.publication.iter().flat_map(|publication| &publication.tables);
-        tables.map(|published| published.oid).filter(|oid| !family.contains(oid)).collect()
     }
 }
 
@@ -497,6 +409,7 @@ mod tests {
                 owner: "admin".to_owned(),
                 kind: "r".to_owned(),
                 columns: vec![("id".to_owned(), 2950), ("note".to_owned(), 25)],
+                generated: Vec::new(),
                 leaves: vec![7],
                 family: vec![7],
                 heirs: Vec::new(),
@@ -662,6 +575,32 @@ mod tests {
         let mut world = sound();
         world.publication.as_mut().unwrap().tables[0].columns = Some(vec!["id".to_owned()]);
         assert_eq!(world.streamed_columns(), [("id".to_owned(), 2950)]);
+    }
+
+    #[test]
+    fn a_generated_column_is_streamed_where_the_server_says_so_and_nowhere_else() {
+        let mut world = sound();
+        world.table.as_mut().unwrap().generated = vec![("note".to_owned(), true)];
+        let ordinary = [("id".to_owned(), 2950)];
+        assert_eq!(world.streamed_columns(), ordinary, "no list of columns before PostgreSQL 15");
+        assert!(matches!(world.republish(&names()).steps(), [Step::Act(_)]));
+        let list = |world: &mut World, columns: &[&str]| {
+            let columns = columns.iter().map(|column| (*column).to_owned()).collect();
+            world.publication.as_mut().unwrap().tables[0].columns = Some(columns);
+        };
+        world.version = 180_000;
+        list(&mut world, &["id"]);
+        assert_eq!(world.streamed_columns(), ordinary);
+        let publish = "ALTER PUBLICATION pgoutbox SET (publish_generated_columns = stored);";
+        assert_eq!(world.republish(&names()).steps(), [Step::Sql(publish.to_owned())]);
+        list(&mut world, &["id", "note"]);
+        assert_eq!(world.streamed_columns().len(), 2);
+        list(&mut world, &["note"]);
+        let again = "ALTER PUBLICATION pgoutbox SET TABLE public.outbox;";
+        assert_eq!(world.republish(&names()).steps(), [Step::Sql(again.to_owned())]);
+        list(&mut world, &["id"]);
+        world.table.as_mut().unwrap().generated = vec![("note".to_owned(), false)];
+        assert!(matches!(world.republish(&names()).steps(), [Step::Act(_)]), "a virtual one");
     }
 
     #[test]

@@ -4,10 +4,46 @@
 
 use pgoutbox::servers::{Postgres, RabbitMq};
 
-use super::Break::{Ctl, Sql};
+use super::Break::{Ctl, Setting, Sql};
 use super::Run::{Stops, Waits};
 use super::{Case, Surroundings};
+use crate::support::consumer::Consumer;
+use crate::support::relay::Relay;
 use crate::support::{postgres_bin, rabbitmq_4, shared_postgres, shared_rabbitmq};
+
+/// It is in the table, and not in every stream: `check` says so before a relay stops at the first row.
+async fn a_generated_column(surroundings: &mut Surroundings<'_>, version: u32) {
+    surroundings
+        .suffer(&[
+            Sql("alter table outbox add column tenant text generated always as ('t' || aggregateid) stored"),
+            Setting("rabbitmq.routing_key", "{tenant}.{type}"),
+        ])
+        .await;
+    let findings = surroundings.findings();
+    let text = format!("{findings:?}");
+    assert!(findings.len() == 1 && text.contains("column tenant of rabbitmq.routing_key is missing"), "{text}");
+    surroundings.run_says(Stops, "column tenant of rabbitmq.routing_key is missing").await;
+    surroundings.paste(&findings);
+    if version < 18 {
+        assert!(text.contains("Generated columns are not in the stream before PostgreSQL 18"), "{text}");
+        surroundings.settings.clear();
+    }
+    surroundings.is_sound();
+    let relay = Relay::start_at(
+        &surroundings.url,
+        &surroundings.amqp,
+        &surroundings.outbox.name,
+        &[("rabbitmq.routing_key", if version < 18 { "{type}" } else { "{tenant}.{type}" })],
+    );
+    let consumer = Consumer::start(&surroundings.outbox).await;
+    surroundings
+        .outbox
+        .sql("insert into outbox (id, aggregatetype, aggregateid, type) values (7, 'order', '1', 'placed')")
+        .await;
+    let key = if version < 18 { "placed" } else { "t1.placed" };
+    assert_eq!(consumer.wait_distinct(1).await[0].routing_key, key);
+    assert_eq!(relay.stop(), 0);
+}
 
 async fn on(version: u32) {
     let postgres = Postgres::start_from(&postgres_bin(version), &[]).unwrap();
@@ -50,6 +86,7 @@ async fn on(version: u32) {
     for case in [slot, publication, partition, replication, connect] {
         case.is_found_and_mended_in(&mut surroundings).await;
     }
+    a_generated_column(&mut surroundings, version).await;
     let (code, looks) = surroundings.check_with(&["--deep"]);
     let told: Vec<String> =
         looks.iter().map(|look| format!("{} {} {}", look["state"], look["what"], look["problem"])).collect();
