@@ -10,7 +10,9 @@ use tokio::time::sleep;
 use super::{say, write_out};
 use crate::config::{Config, SinkSettings};
 use crate::error::Error;
-use crate::finding::{Finding, Remedy, word};
+use crate::finding::{Finding, Remedy, as_called, word};
+use crate::outbox::template::Piece;
+use crate::outbox::{ColumnNames, Mapping};
 use crate::pg::catalog::Control;
 use crate::pg::refusal::{hba_name, raise};
 use crate::pg::world::{World, identifier, literal};
@@ -36,6 +38,15 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
+    if let (None, Some(lacking)) = (&world.table, lacking(config)) {
+        let print = as_called("pgoutbox init --print-sql");
+        let text = format!(
+            "rabbitmq.routing_key needs {lacking}, which the table that `init` makes does not have; nothing was made. \
+             Remedy: make the table as `{print}` prints it, with {lacking}, then run `{}`",
+            as_called("pgoutbox init")
+        );
+        return Err(Error::Usage(text));
+    }
     let creation = Creation { control: &control, world: &world, config };
     creation.create("table", &names.qualified(), world.table.is_some(), &sql.table).await?;
     creation.create("publication", &names.publication, world.publication.is_some(), &sql.publication).await?;
@@ -132,7 +143,7 @@ impl Sql {
         };
         Self {
             roles: fill(include_str!("../../sql/roles.sql")),
-            table: fill(include_str!("../../sql/table.sql")),
+            table: hint(config) + &fill(&called(include_str!("../../sql/table.sql"), &config.mapping.columns)),
             publication: fill(include_str!("../../sql/publication.sql")),
             slot: fill(include_str!("../../sql/slot.sql")),
             rabbitmq: rabbitmq(&config.sink),
@@ -144,6 +155,62 @@ impl Sql {
         let set_up = [SET_UP, &self.table, &self.publication, "commit;\n", &self.slot];
         format!("{}\n{}reset role;\n{}", self.roles, set_up.map(|part| format!("{part}\n")).concat(), self.rabbitmq)
     }
+}
+
+/// The columns of `table.sql` that a setting may call otherwise, and that setting.
+fn roles(columns: &ColumnNames) -> [(&'static str, Option<&str>); 7] {
+    [
+        ("id", columns.id.as_deref()),
+        ("aggregatetype", columns.aggregatetype.as_deref()),
+        ("aggregateid", columns.aggregateid.as_deref()),
+        ("type", columns.kind.as_deref()),
+        ("payload", columns.payload.as_deref()),
+        ("headers", columns.headers.as_deref()),
+        ("traceparent", columns.traceparent.as_deref()),
+    ]
+}
+
+/// The table with its columns called as the settings call them, and with the one that only they ask for.
+fn called(table: &str, columns: &ColumnNames) -> String {
+    let mut text = String::new();
+    for line in table.lines() {
+        let role = roles(columns).into_iter().find_map(|(usual, name)| {
+            let rest = line.strip_prefix("  ")?.strip_prefix(usual)?.strip_prefix(' ')?;
+            Some((usual, name, rest.trim_start()))
+        });
+        match role {
+            Some((_, Some(name), rest)) => text.push_str(&format!("  {:13} {rest}\n", identifier(name))),
+            _ => text.push_str(&format!("{line}\n")),
+        }
+        if let (Some(("traceparent", ..)), Some(name)) = (role, &columns.tracestate) {
+            text.push_str(&format!("  {:13} text,\n", identifier(name)));
+        }
+    }
+    text
+}
+
+/// What the routing key is made of and this table is not.
+fn lacking(config: &Config) -> Option<String> {
+    let Mapping { columns, destination, .. } = &config.mapping;
+    let has = |column: &str| {
+        // What these are for may stand there as well as their names.
+        let others = ["id", "aggregatetype", "aggregateid", "type", "created_at"].into_iter();
+        let others = others.chain(columns.tracestate.as_deref());
+        roles(columns).into_iter().map(|(usual, name)| name.unwrap_or(usual)).chain(others).any(|name| name == column)
+    };
+    let columns = destination.pieces().iter().filter_map(|piece| match piece {
+        Piece::Column(name) if !has(name) => Some(format!("column {name}")),
+        _ => None,
+    });
+    let mut columns: Vec<String> = columns.collect();
+    columns.dedup();
+    (!columns.is_empty()).then(|| columns.join(", "))
+}
+
+/// Where somebody can read it who is about to paste.
+fn hint(config: &Config) -> String {
+    let hint = |lacking: String| format!("-- Not enough: rabbitmq.routing_key needs {lacking}. Add it to these:");
+    lacking(config).map(hint).map(|line| line.replace(['\n', '\r'], " ") + "\n").unwrap_or_default()
 }
 
 /// A schema of one's own; `public` is there, or was taken away with good reason.
@@ -167,4 +234,37 @@ fn rabbitmq(sink: &SinkSettings) -> String {
         .replace("{permissions}", &permissions(true))
         .replace("{permissions_undeclared}", &permissions(false));
     format!("\n{text}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = include_str!("../../sql/table.sql");
+
+    #[test]
+    fn the_table_is_made_with_the_columns_that_the_settings_name() {
+        assert_eq!(called(TABLE, &ColumnNames::default()), TABLE);
+        let name = |name: &str| Some(name.to_owned());
+        let columns = ColumnNames {
+            id: name("event_id"),
+            kind: name("Type"),
+            payload: name("body"),
+            tracestate: name("state"),
+            ..ColumnNames::default()
+        };
+        let text = called(TABLE, &columns);
+        for line in [
+            "\n  event_id      uuid        primary key",
+            "\n  aggregatetype text        not null,\n",
+            "\n  \"Type\"        text        not null,\n",
+            "\n  body          jsonb,\n",
+            "\n  traceparent   text,\n  state         text,\n",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        for gone in ["\n  id ", "\n  type ", "\n  payload "] {
+            assert!(!text.contains(gone), "{text}");
+        }
+    }
 }

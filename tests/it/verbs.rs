@@ -90,6 +90,29 @@ async fn init_takes_an_existing_table_as_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn init_makes_the_table_that_the_settings_ask_for_or_none() {
+    let outbox = empty().await;
+    let columns = ["--set", "outbox.columns.id=event_id", "--set", "outbox.columns.payload=body"];
+    let tenant = ["--set", "rabbitmq.routing_key={tenant}.{id}.{type}"];
+    let (code, out, err) = verb(&outbox, &[&["init"][..], &columns, &tenant].concat());
+    assert!(code == USAGE && err.contains("rabbitmq.routing_key needs column tenant"), "{out}{err}");
+    assert_eq!(inventory(&outbox).await, None, "nothing was made");
+    let (code, printed, _) = verb(&outbox, &[&["init", "--print-sql"][..], &columns, &tenant].concat());
+    assert!(code == 0 && printed.contains("-- Not enough: rabbitmq.routing_key needs column tenant."), "{printed}");
+    // What a column is for may stand there as well.
+    let by_role = ["--set", "rabbitmq.routing_key={id}.{event_id}.{created_at}"];
+    let (code, out, err) = verb(&outbox, &[&["init"][..], &columns, &by_role].concat());
+    assert!(code == 0 && out.contains("ready"), "{out}{err}");
+    let names = "select string_agg(attname, ' ' order by attnum) from pg_attribute \
+        where attrelid = 'outbox'::regclass and attnum > 0";
+    let made = "event_id aggregatetype aggregateid type body headers traceparent created_at";
+    assert_eq!(outbox.text(names).await.as_deref(), Some(made));
+    // A table that is there is looked at, and not made.
+    let (code, _, err) = verb(&outbox, &[&["init"][..], &columns, &tenant].concat());
+    assert!(code == WORLD && err.contains("column tenant of rabbitmq.routing_key is missing"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_printed_sql_touches_nothing_and_makes_all_that_the_relay_needs_when_pasted() {
     let mut outbox = empty().await;
     let before = inventory(&outbox).await;
