@@ -87,7 +87,7 @@ impl Creation<'_> {
             Ok(()) => say(&format!("{kind} {name} created")),
             Err(pg::Error::Server(error)) => {
                 let problem = format!("{kind} {name} cannot be made: {}", error.plain());
-                let remedy = self.remedy(kind, &error).unwrap_or_default();
+                let remedy = self.remedy(kind, &error).await.unwrap_or_default();
                 Err(Error::Found(Finding::new(problem, remedy).to_string()))
             }
             Err(error) => Err(error.into()),
@@ -95,27 +95,36 @@ impl Creation<'_> {
     }
 
     /// What lets this role make it.
-    fn remedy(&self, kind: &str, error: &ServerError) -> Option<Remedy> {
-        let names = &self.config.names;
-        let (role, schema) = (identifier(&self.world.role), identifier(&names.schema));
-        let (database, message) = (identifier(&self.world.database), error.message());
+    async fn remedy(&self, kind: &str, error: &ServerError) -> Option<Remedy> {
+        let (role, schema) = (identifier(&self.world.role), identifier(&self.config.names.schema));
         Some(match (error.code(), kind) {
             ("42501", "slot") => Remedy::sql(format!("ALTER ROLE {role} REPLICATION")),
-            ("42501", _) if message.contains("database") => {
-                Remedy::sql(format!("GRANT CREATE ON DATABASE {database} TO {role}"))
-            }
-            ("42501", _) if message.contains("schema") => {
-                Remedy::sql(format!("GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}"))
-            }
-            ("42501", "publication") => {
-                let owner = self.world.table.as_ref().map(|table| identifier(&table.owner))?;
-                Remedy::sql(format!("GRANT {owner} TO {role}")).mind("Only the owner of a table can publish it")
-            }
+            ("42501", _) => self.grant(kind, &role, &schema).await?,
             ("3F000", _) => Remedy::sql(format!("CREATE SCHEMA {schema} AUTHORIZATION {role}")),
             ("53400", _) => raise("max_replication_slots", self.world.slots_max),
             ("55000", "slot") => self.world.server_findings().into_iter().next()?.remedy,
             _ => return None,
         })
+    }
+
+    /// The privilege that is missing, by the catalog and not by the server's words.
+    async fn grant(&self, kind: &str, role: &str, schema: &str) -> Option<Remedy> {
+        let privileges = self.control.privileges(&self.config.names.schema).await.ok()?;
+        let is_publication = kind == "publication";
+        if is_publication && !privileges.creates_in_database {
+            let database = identifier(&self.world.database);
+            return Some(Remedy::sql(format!("GRANT CREATE ON DATABASE {database} TO {role}")));
+        }
+        if is_publication && !privileges.uses_schema {
+            return Some(Remedy::sql(format!("GRANT USAGE ON SCHEMA {schema} TO {role}")));
+        }
+        if is_publication {
+            let owner = self.world.table.as_ref().map(|table| identifier(&table.owner))?;
+            let remedy = Remedy::sql(format!("GRANT {owner} TO {role}"));
+            return Some(remedy.mind("Only the owner of a table can publish it"));
+        }
+        let is_enough = privileges.uses_schema && privileges.creates_in_schema;
+        (!is_enough).then(|| Remedy::sql(format!("GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}")))
     }
 }
 

@@ -44,6 +44,17 @@ pub struct Holder {
     pub state: Option<String>,
 }
 
+/// What our role may do, where an outbox is set up or looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Privileges {
+    /// USAGE on the schema; also where there is none.
+    pub uses_schema: bool,
+    /// CREATE on the schema; also where there is none.
+    pub creates_in_schema: bool,
+    /// CREATE on the database.
+    pub creates_in_database: bool,
+}
+
 /// Takes off what a role or a database may have been given for the sake of careless clients. Ours is idle for seconds
 /// between two looks, and a walsender's transaction is as long as one of the outbox. By SQL and not at the login: a server
 /// that does not know a parameter there refuses.
@@ -203,6 +214,23 @@ impl Control {
             Ok(Holder { pid, application: row.try_get(0)?, address: row.try_get(1)?, state: row.try_get(2)? })
         };
         rows.first().map(holder).transpose()
+    }
+
+    /// What our role may do: a refusal says it in the server's language, and with names that may say anything.
+    ///
+    /// # Errors
+    /// Of the connection.
+    pub async fn privileges(&self, schema: &str) -> Result<Privileges, Error> {
+        let sql = "select coalesce(pg_catalog.has_schema_privilege(n.oid, 'usage'), true), \
+            coalesce(pg_catalog.has_schema_privilege(n.oid, 'create'), true), \
+            pg_catalog.has_database_privilege(current_database(), 'create') \
+            from (values (1)) one left join pg_catalog.pg_namespace n on n.nspname = $1";
+        let row = self.one(sql, &[&schema]).await?;
+        Ok(Privileges {
+            uses_schema: row.try_get(0)?,
+            creates_in_schema: row.try_get(1)?,
+            creates_in_database: row.try_get(2)?,
+        })
     }
 
     /// Settings, standbys and prepared transactions, for advice.

@@ -248,6 +248,35 @@ async fn each_grant_of_the_set_up_role_is_needed_and_named_when_it_is_missing() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_whose_name_speaks_of_a_schema_and_a_database_is_told_from_both() {
+    let (postgres, amqp) = (server(), shared_rabbitmq().url());
+    let shop = Shop::open(&postgres).await;
+    let table = "outbox.table=database_schema_events";
+    shop.sql(
+        "create table database_schema_events (id int, aggregatetype text, aggregateid text, type text, payload text); \
+         insert into database_schema_events values (1, 'order', '1', 'placed', '')",
+    )
+    .await;
+    let init = || verb(&["init", "--set", table], &shop.url(SETUP), "", &shop.name);
+    let (code, told) = init();
+    assert!(code == WORLD && told.contains("Remedy: GRANT postgres TO pgoutbox_setup;"), "{told}");
+    shop.sql("grant postgres to pgoutbox_setup").await;
+    let (code, told) = init();
+    assert_eq!(code, 0, "{told}");
+    let check = || verb(&["check", "--deep", "--set", table], &shop.url(RELAY), &amqp, &shop.name);
+    for grant in [
+        "GRANT USAGE ON SCHEMA public TO pgoutbox_relay;",
+        "GRANT SELECT ON public.database_schema_events TO pgoutbox_relay;",
+    ] {
+        let (code, told) = check();
+        assert!(code == 0 && told.contains(&format!("sql: {grant}\n")), "{told}");
+        shop.sql(grant).await;
+    }
+    let (code, told) = check();
+    assert!(code == 0 && told.contains("each of 1 makes a message"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_grant_of_the_relays_role_is_needed_and_named_when_it_is_missing() {
     let (postgres, rabbitmq) = (server(), shared_rabbitmq());
     let shop = Shop::open(&postgres).await;

@@ -76,7 +76,7 @@ async fn rows(config: &Config, control: &Control, world: &World) -> (Vec<Look>, 
     let (Some(table), Ok(layout)) = (&world.table, layout) else { return (Vec::new(), Vec::new()) };
     let rows = match control.last_rows(table, &columns, layout.payload()).await {
         Ok(rows) => rows,
-        Err(error) => return (vec![unreadable(what, &error, config)], Vec::new()),
+        Err(error) => return (vec![unreadable(what, &error, config, control).await], Vec::new()),
     };
     let nowhere = Transaction::new(Lsn::ZERO, 0);
     let mut problems = BTreeMap::new();
@@ -105,11 +105,13 @@ fn values(row: &Sampled) -> Vec<Value> {
 }
 
 /// A relay reads no table, so it need not be allowed to.
-fn unreadable(what: String, error: &pg::Error, config: &Config) -> Look {
+async fn unreadable(what: String, error: &pg::Error, config: &Config, control: &Control) -> Look {
     let (role, names) = (identifier(&config.postgres.user), &config.names);
     match error {
         pg::Error::Server(error) if error.code() == "42501" => {
-            let grant = if error.message().contains("schema") {
+            // Its words are another language's elsewhere, and names in them say anything.
+            let privileges = control.privileges(&names.schema).await;
+            let grant = if privileges.is_ok_and(|privileges| !privileges.uses_schema) {
                 format!("GRANT USAGE ON SCHEMA {} TO {role}", identifier(&names.schema))
             } else {
                 format!("GRANT SELECT ON {} TO {role}", names.qualified())
