@@ -4,6 +4,8 @@
 //! The trap: the API shows queues that a user may not use, and hides what its user may not see. What it says is worth a
 //! note, never a verdict.
 
+use std::net::IpAddr;
+
 use serde_json::Value as Json;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -42,10 +44,12 @@ pub(super) async fn look(address: &Address, account: &Account, deep: &Deep, keys
         Ok(api) => api,
         Err(problem) => return vec![not_looked(problem)],
     };
+    let mut looks: Vec<Look> = api.exposed().into_iter().collect();
     match api.looks(account, keys).await {
-        Ok(looks) => looks,
-        Err(problem) => vec![not_looked(problem)],
+        Ok(found) => looks.extend(found),
+        Err(problem) => looks.push(not_looked(problem)),
     }
+    looks
 }
 
 fn not_looked(problem: String) -> Look {
@@ -86,6 +90,16 @@ impl Api {
         let named = |tls: Tls| Tls { server_name: ServerName::Other(host.to_owned()), ..tls };
         let tls = is_tls.then(|| named(address.tls.clone().unwrap_or(system)));
         Ok(api(tls, host, port, prefix.trim_end_matches('/')))
+    }
+
+    /// Whether the password goes in clear where the broker itself is not told it so.
+    fn exposed(&self) -> Option<Look> {
+        let is_here = self.host == "localhost" || self.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        (self.address.is_tls() && self.tls.is_none() && !is_here).then(|| {
+            let problem = "http:// carries the password of rabbitmq.url in clear, which amqps:// does not";
+            let remedy = Remedy::act("give --management-url as https://").mind("Who listened has the password by now");
+            Look::note(format!("management API at {}", self.host), problem, remedy)
+        })
     }
 
     async fn get(&self, path: &str) -> Result<Json, String> {
@@ -318,6 +332,26 @@ mod tests {
         assert_eq!(place("amqp://rabbit", Some("http://[::1]:8080")), at(false, "::1", 8080, ""));
         for wrong in ["rabbit:15672", "ftp://rabbit", "http://rabbit:x"] {
             assert!(place("amqp://rabbit", Some(wrong)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_password_that_goes_in_clear_although_the_broker_is_told_it_in_secret_is_worth_a_note() {
+        let is_exposed = |uri: &str, url: Option<&str>| {
+            let address = Address::parse(uri, &Files::default()).unwrap();
+            Api::of(&address, url).unwrap().exposed().is_some()
+        };
+        assert!(is_exposed("amqps://u:p@rabbit", Some("http://elsewhere:15672")));
+        assert!(is_exposed("amqps://u:p@rabbit", Some("http://192.0.2.1")));
+        for (uri, url) in [
+            ("amqps://u:p@rabbit", None),
+            ("amqps://u:p@rabbit", Some("https://elsewhere")),
+            ("amqps://u:p@rabbit", Some("http://localhost:15672")),
+            ("amqps://u:p@rabbit", Some("http://[::1]:15672")),
+            ("amqps://u:p@rabbit", Some("http://127.0.0.2")),
+            ("amqp://u:p@rabbit", Some("http://elsewhere")),
+        ] {
+            assert!(!is_exposed(uri, url), "{uri} {url:?}");
         }
     }
 
