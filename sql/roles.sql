@@ -1,11 +1,11 @@
 -- As a superuser: a role that sets up and a role that relays, each with what it needs and nothing more. REPLICATION reads
 -- every publication of the cluster and can make and drop slots, so pg_hba.conf pins both to this database and to their
 -- hosts. Put these lines above any that rejects, and reload: select pg_reload_conf(); (Managed services have a role to
--- grant instead of REPLICATION, such as rds_replication.)
+-- grant instead of REPLICATION, such as rds_replication.) Roles are the cluster's: one that is there stays as it is.
 --   hostssl  {hba_database}  pgoutbox_setup  10.0.0.0/8  scram-sha-256
 --   hostssl  {hba_database}  pgoutbox_relay  10.0.0.0/8  scram-sha-256
-create role pgoutbox_setup login replication;
-create role pgoutbox_relay login replication;
+do $$ begin create role pgoutbox_setup login replication; exception when duplicate_object then null; end $$;
+do $$ begin create role pgoutbox_relay login replication; exception when duplicate_object then null; end $$;
 -- \password pgoutbox_setup
 -- \password pgoutbox_relay
 grant connect, create on database {database} to pgoutbox_setup;

@@ -71,11 +71,10 @@ impl<'a> Shop<'a> {
         self.postgres.reload().unwrap();
     }
 
-    /// Roles are the cluster's, so only the first shop makes them.
+    /// Roles are the cluster's: only the first shop makes them, and what is printed for the others can be pasted as well.
     async fn grant(&self) {
         for statement in self.part(true).lines().filter(|line| !line.starts_with("--")) {
-            let is_made = self.admin.batch_execute(statement).await;
-            assert!(is_made.is_ok() || statement.starts_with("create role"), "{statement}: {is_made:?}");
+            self.sql(statement).await;
         }
         for role in [SETUP, RELAY] {
             self.admin
