@@ -2,7 +2,6 @@
 //!
 //! The trap: clap writes to its output directly and panics when the reader has gone (`pgoutbox completions bash | head`).
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::error::Error;
@@ -16,6 +15,6 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), Error> {
     let mut script = Vec::new();
-    clap_complete::generate(arguments.shell, &mut super::Arguments::command(), "pgoutbox", &mut script);
+    clap_complete::generate(arguments.shell, &mut super::command(), "pgoutbox", &mut script);
     super::write_out(&String::from_utf8_lossy(&script)).map(drop)
 }

@@ -16,7 +16,7 @@ use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -41,6 +41,9 @@ understood. `pgoutbox run --print-config` shows them all.
 Exit codes: 0 stopped cleanly, 64 usage or configuration, 65 a row that cannot be delivered, 69 a peer unreachable for too \
 long, 70 a bug in pgoutbox, 78 the world is set up wrong.";
 
+/// clap's name of what [`command`] gives to every verb.
+const SETTINGS: &str = "settings";
+
 /// For every verb.
 #[derive(Debug, clap::Args)]
 struct Common {
@@ -48,7 +51,7 @@ struct Common {
     #[arg(short, long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// One setting, such as rabbitmq.exchange=events; may be repeated
-    #[arg(short, long = "set", global = true, value_name = "KEY=VALUE", value_parser = key_value)]
+    #[arg(id = SETTINGS, short, long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     settings: Vec<(String, String)>,
     /// How logs look
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
@@ -111,9 +114,34 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     pair.ok_or_else(|| "KEY=VALUE is needed".to_owned())
 }
 
+/// What clap is told. Each verb has a `--set` of its own: of a global one that stands before the verb and behind it, clap
+/// forgets what stands before, and `-s postgres.slot=test drop -s ...` would drop the default's slot.
+fn command() -> clap::Command {
+    let command = Arguments::command();
+    let set = command.get_arguments().find(|argument| argument.get_id() == SETTINGS).cloned();
+    command.mut_subcommands(|verb| taking(verb, set.as_ref()))
+}
+
+fn taking(verb: clap::Command, set: Option<&clap::Arg>) -> clap::Command {
+    verb.args(set).mut_subcommands(|verb| taking(verb, set))
+}
+
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
+    let matches = command().try_get_matches_from(arguments)?;
+    let mut arguments = Arguments::from_arg_matches(&matches)?;
+    arguments.common.settings = settings(&matches);
+    Ok(arguments)
+}
+
+/// In the order in which they were given: a later one wins.
+fn settings(matches: &ArgMatches) -> Vec<(String, String)> {
+    let own = matches.get_many(SETTINGS).into_iter().flatten().cloned();
+    own.chain(matches.subcommand().into_iter().flat_map(|(_, verb)| settings(verb))).collect()
+}
+
 /// Parses, runs and says how it ended.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let arguments = match Arguments::try_parse_from(arguments) {
+    let arguments = match parse(arguments) {
         Ok(arguments) => arguments,
         Err(error) => {
             // clap writes help and version to stdout, faults to stderr.
@@ -252,4 +280,26 @@ fn exit_70_on_panic() {
         complain("this is a bug in pgoutbox; nothing is lost, the slot stands where it was");
         std::process::exit(ExitCode::Bug as i32);
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Arguments, clap::Error> {
+        parse(line.split(' ').map(OsString::from))
+    }
+
+    #[test]
+    fn what_is_set_before_the_verb_counts_together_with_what_is_set_behind_it() {
+        let line = "pgoutbox -s postgres.slot=a --set run.drain_timeout=1s drop --yes -s postgres.slot=b --set http.listen=";
+        let common = parsed(line).unwrap().common;
+        let set = [("postgres.slot", "a"), ("run.drain_timeout", "1s"), ("postgres.slot", "b"), ("http.listen", "")];
+        assert_eq!(common.settings, set.map(|(key, value)| (key.to_owned(), value.to_owned())));
+        let repeated = set.map(|(key, value)| format!("--set '{key}={value}'")).join(" ");
+        assert_eq!(common.repeated(), repeated);
+        for line in ["pgoutbox --set a=b config example", "pgoutbox config --set a=b example -c x"] {
+            assert_eq!(parsed(line).unwrap().common.settings, [("a".to_owned(), "b".to_owned())], "{line}");
+        }
+    }
 }
