@@ -16,11 +16,12 @@ use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, KEYS, Needs, Sources};
+use crate::config::{Config, KEYS, Needs, Sources, shown};
 use crate::error::{Error, ExitCode};
 use crate::finding::{called_with, explain, word};
 
@@ -51,7 +52,10 @@ struct Common {
     #[arg(short, long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// One setting, such as rabbitmq.exchange=events; may be repeated
-    #[arg(id = SETTINGS, short, long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
+    #[arg(id = SETTINGS, short, long = "set", value_name = "KEY=VALUE")]
+    given: Vec<String>,
+    /// The same, apart.
+    #[arg(skip)]
     settings: Vec<(String, String)>,
     /// How logs look
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
@@ -109,11 +113,6 @@ enum Verb {
     Man(man::Arguments),
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
-    let pair = text.split_once('=').map(|(key, value)| (key.trim().to_owned(), value.to_owned()));
-    pair.ok_or_else(|| "KEY=VALUE is needed".to_owned())
-}
-
 /// What clap is told. Each verb has a `--set` of its own: of a global one that stands before the verb and behind it, clap
 /// forgets what stands before, and `-s postgres.slot=test drop -s ...` would drop the default's slot.
 fn command() -> clap::Command {
@@ -129,14 +128,21 @@ fn taking(verb: clap::Command, set: Option<&clap::Arg>) -> clap::Command {
 fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
     let matches = command().try_get_matches_from(arguments)?;
     let mut arguments = Arguments::from_arg_matches(&matches)?;
-    arguments.common.settings = settings(&matches);
+    arguments.common.settings = given(&matches).into_iter().map(|text| key_value(text)).collect::<Result<_, _>>()?;
     Ok(arguments)
 }
 
 /// In the order in which they were given: a later one wins.
-fn settings(matches: &ArgMatches) -> Vec<(String, String)> {
-    let own = matches.get_many(SETTINGS).into_iter().flatten().cloned();
-    own.chain(matches.subcommand().into_iter().flat_map(|(_, verb)| settings(verb))).collect()
+fn given(matches: &ArgMatches) -> Vec<&String> {
+    let own = matches.get_many(SETTINGS).into_iter().flatten();
+    own.chain(matches.subcommand().into_iter().flat_map(|(_, verb)| given(verb))).collect()
+}
+
+/// Not by clap, whose message would repeat the text.
+fn key_value(text: &str) -> Result<(String, String), clap::Error> {
+    let pair = text.split_once('=').map(|(key, value)| (key.trim().to_owned(), value.to_owned()));
+    let wrong = || format!("--set {}: KEY=VALUE is needed", shown(text.trim()));
+    pair.ok_or_else(|| command().error(ErrorKind::ValueValidation, wrong()))
 }
 
 /// Parses, runs and says how it ended.
@@ -292,7 +298,8 @@ mod tests {
 
     #[test]
     fn what_is_set_before_the_verb_counts_together_with_what_is_set_behind_it() {
-        let line = "pgoutbox -s postgres.slot=a --set run.drain_timeout=1s drop --yes -s postgres.slot=b --set http.listen=";
+        let line =
+            "pgoutbox -s postgres.slot=a --set run.drain_timeout=1s drop --yes -s postgres.slot=b --set http.listen=";
         let common = parsed(line).unwrap().common;
         let set = [("postgres.slot", "a"), ("run.drain_timeout", "1s"), ("postgres.slot", "b"), ("http.listen", "")];
         assert_eq!(common.settings, set.map(|(key, value)| (key.to_owned(), value.to_owned())));
@@ -300,6 +307,21 @@ mod tests {
         assert_eq!(common.repeated(), repeated);
         for line in ["pgoutbox --set a=b config example", "pgoutbox config --set a=b example -c x"] {
             assert_eq!(parsed(line).unwrap().common.settings, [("a".to_owned(), "b".to_owned())], "{line}");
+        }
+    }
+
+    #[test]
+    fn a_setting_without_its_sign_is_not_repeated_further_than_its_key() {
+        for text in
+            ["postgres.url:postgres://u:s3cret@h/d", "postgres.url postgres://u:s3cret@h/d", "postgres://u:s3cret@h"]
+        {
+            let arguments = ["pgoutbox", "run", "--set", text].map(OsString::from);
+            let error = parse(arguments).unwrap_err();
+            let message = error.to_string();
+            assert!(
+                error.use_stderr() && message.contains("--set postgres") && message.contains("KEY=VALUE is needed")
+            );
+            assert!(!message.contains("s3cret"), "{message}");
         }
     }
 }

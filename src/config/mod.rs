@@ -14,6 +14,7 @@ use std::time::Duration;
 
 pub use self::example::example;
 use self::raw::Raw;
+pub(crate) use self::raw::shown;
 use self::values::{bytes, duration, exchange, name, qualified, queues, slot};
 use crate::outbox::{ColumnNames, Mapping, Template};
 use crate::pg;
@@ -406,13 +407,42 @@ mod tests {
     }
 
     #[test]
-    fn a_url_where_its_file_is_asked_for_is_not_repeated() {
-        let mistaken = [("DATABASE_URL_FILE", "postgres://u:s3cret@h/d"), ("AMQP_URL_FILE", "amqp://u:s3cret@h")];
-        let faults = load(&mistaken, None, &[]).unwrap_err();
-        for name in ["postgres.url_file: the name of a file", "rabbitmq.url_file: the name of a file"] {
-            assert!(faults.iter().any(|fault| fault.contains(name)), "{name} in {faults:?}");
+    fn whatever_stands_where_the_file_of_a_secret_is_asked_for_is_repeated_only_when_it_can_be_a_path() {
+        for value in ["host=db user=u password=s3cret", "password=s3cret", "s3cret db", "postgres://u:s3cret@h/d"] {
+            for (env, flags) in [
+                (&[URLS[1], ("DATABASE_URL_FILE", value)][..], &[][..]),
+                (&[URLS[1], ("PGOUTBOX__POSTGRES__URL_FILE", value)], &[]),
+                (&[URLS[1]], &[("postgres.url_file", value)]),
+            ] {
+                let faults = load(env, None, flags).unwrap_err();
+                assert!(faults[0].starts_with("postgres.url_file: the name of a file is needed"), "{faults:?}");
+                assert!(!faults.concat().contains("s3cret"), "{faults:?}");
+            }
         }
-        assert!(!faults.iter().any(|fault| fault.contains("s3cret")), "{faults:?}");
+        let faults = load(&[URLS[1], ("DATABASE_URL_FILE", "/does/not/exist")], None, &[]).unwrap_err();
+        assert!(faults[0].starts_with("postgres.url_file: /does/not/exist: No such file"), "{faults:?}");
+    }
+
+    #[test]
+    fn an_unknown_key_is_repeated_only_as_far_as_it_can_be_one() {
+        let mistaken = "postgres.url:postgres://u:s3cret@h/d?sslmode";
+        let of_file = file(&format!("\"{mistaken}\" = \"require\"\n[rabbitmq]\n\"url:amqp://u:s3cret@h\" = 1.5\n"));
+        for (file, flags) in [(None, &[(mistaken, "require")][..]), (Some(of_file.path()), &[])] {
+            let faults = load(&URLS, file, flags).unwrap_err();
+            assert!(faults.iter().any(|fault| fault.starts_with("postgres.url...: unknown key")), "{faults:?}");
+            assert!(!faults.concat().contains("s3cret"), "{faults:?}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_secret_that_looks_like_a_variable_is_not_named() {
+        let url = "\"postgres://u:${s3cret}@h/d\"";
+        let file = file(&format!("[postgres]\nurl = {url}\nurll = {url}\nslot = \"${{abc}}\"\n"));
+        let faults = load(&[URLS[1]], Some(file.path()), &[]).unwrap_err();
+        assert!(!faults.concat().contains("s3cret"), "{faults:?}");
+        for part in ["postgres.url: a variable that it names by `${...}` is not set", "%24{", "abc is not set"] {
+            assert!(faults.iter().any(|fault| fault.contains(part)), "{part} in {faults:?}");
+        }
     }
 
     #[test]
@@ -457,7 +487,7 @@ mod tests {
         let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
         assert_eq!(rabbitmq.addresses[0].password, "s3cret");
         let faults = load(&[URLS[0]], Some(file.path()), &[]).unwrap_err();
-        assert!(faults[0].contains("SECRET is not set"), "{faults:?}");
+        assert!(faults[0].starts_with("rabbitmq.url: a variable that it names by"), "{faults:?}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Where values come from: flags, environment, file; by key, before they are understood.
 //!
-//! The trap: TOML's own error message shows the line, which may hold a secret.
+//! The traps: TOML's own error message shows the line, which may hold a secret. And a secret may stand where a key, a
+//! variable or a file's name was asked for, so each of these is repeated only as far as it can be one.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -49,7 +50,7 @@ impl<'a> Raw<'a> {
                 toml::Value::Integer(number) => number.to_string(),
                 toml::Value::Boolean(value) => value.to_string(),
                 _ => {
-                    self.fault(format!("{name}: a text, a whole number or true/false is needed"));
+                    self.fault(format!("{}: a text, a whole number or true/false is needed", shown(&name)));
                     continue;
                 }
             };
@@ -63,13 +64,18 @@ impl<'a> Raw<'a> {
         let mut rest = text;
         while let Some((before, after)) = rest.split_once("${") {
             let Some((variable, tail)) = after.split_once('}') else {
-                self.fault(format!("{name}: `${{` without `}}`"));
+                self.fault(format!("{}: `${{` without `}}`", shown(name)));
                 return result;
             };
             result.push_str(before);
             match self.environment.get(variable) {
                 Some(value) => result.push_str(value),
-                None => self.fault(format!("{name}: environment variable {variable} is not set")),
+                None if is_open(name) => self.fault(format!("{name}: environment variable {variable} is not set")),
+                None => self.fault(format!(
+                    "{}: a variable that it names by `${{...}}` is not set. Where `${{` is a part of a password in a URL, \
+                     write %24{{",
+                    shown(name)
+                )),
             }
             rest = tail;
         }
@@ -94,18 +100,18 @@ impl<'a> Raw<'a> {
         }
         let file_of = name.strip_suffix("_file").and_then(|base| KEYS.iter().find(|key| key.name == base));
         match file_of.filter(|key| key.is_secret) {
-            // Somebody who mistook the one for the other is not told their password.
-            Some(_) if value.contains("://") => {
-                self.fault(format!("{name}: the name of a file is needed, which holds the URL, and not the URL"));
-            }
             Some(key) => match std::fs::read_to_string(&value) {
                 Ok(secret) => {
                     self.values.insert(key.name, secret.trim_end().to_owned());
                 }
-                Err(error) => self.fault(format!("{name}: {value}: {error}")),
+                Err(error) if is_path(&value) => self.fault(format!("{name}: {value}: {error}")),
+                Err(error) => self.fault(format!(
+                    "{name}: the name of a file is needed, which holds the URL, and not the URL ({error})"
+                )),
             },
             None => {
-                let near = KEYS.iter().map(|key| key.name).min_by_key(|key| distance(key, name));
+                let name = shown(name);
+                let near = KEYS.iter().map(|key| key.name).min_by_key(|key| distance(key, &name));
                 let hint = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
                 self.fault(format!("{name}: unknown key (from {origin}){hint}"));
             }
@@ -149,4 +155,23 @@ impl<'a> Raw<'a> {
             self.set(&format!("{name}_file"), path, variable);
         }
     }
+}
+
+/// A key that holds no secret. What is unknown may be a secret's, misspelt.
+fn is_open(name: &str) -> bool {
+    KEYS.iter().any(|key| !key.is_secret && key.name == name)
+}
+
+/// As far as it can be a key: `--set postgres.url:postgres://...` has its first `=` behind the password.
+pub(crate) fn shown(name: &str) -> String {
+    let is_of_a_key = |letter: char| letter.is_ascii_alphanumeric() || "_-.".contains(letter);
+    match name.find(|letter| !is_of_a_key(letter)) {
+        Some(end) => format!("{}...", name.get(..end).unwrap_or_default()),
+        None => name.to_owned(),
+    }
+}
+
+/// Whether a text where a file is asked for is a path, and no URL or key/value string.
+fn is_path(text: &str) -> bool {
+    !text.contains("://") && !text.contains(|letter: char| letter == '=' || letter.is_whitespace())
 }
