@@ -151,9 +151,7 @@ impl Config {
         let mut raw = Raw::new(&sources.environment);
         raw.read_file(sources.file);
         raw.read_environment();
-        for (name, value) in &sources.flags {
-            raw.set(name, value.clone(), "flag");
-        }
+        raw.read_flags(&sources.flags);
         raw.check(needs)
     }
 
@@ -478,6 +476,58 @@ mod tests {
         let config = load(&env, None, &[]).unwrap();
         let SinkSettings::RabbitMq(rabbitmq) = &config.sink else { panic!("not rabbitmq") };
         assert_eq!(rabbitmq.addresses[0].host, "of-file");
+    }
+
+    #[test]
+    fn an_empty_url_takes_the_place_of_no_other_one() {
+        let secret = file("postgres://of-file/d");
+        let path = secret.path().to_str().unwrap();
+        let (url, url_file) = ("PGOUTBOX__POSTGRES__URL", "PGOUTBOX__POSTGRES__URL_FILE");
+        for text in [
+            "[postgres]\nurl = \"postgres://of-file/d\"\n".to_owned(),
+            format!("[postgres]\nurl = \"\"\nurl_file = \"{path}\"\n"),
+        ] {
+            let file = file(&text);
+            let config =
+                load(&[URLS[1], (url, ""), (url_file, "")], Some(file.path()), &[("postgres.url", "")]).unwrap();
+            assert!(format!("{:?}", config.postgres).contains("of-file"), "{:?}", config.postgres);
+        }
+        assert!(load(&[URLS[1], (url, ""), ("DATABASE_URL_FILE", "")], None, &[]).is_ok());
+        // A text that is empty says something in other keys.
+        let env = [URLS[0], URLS[1], ("PGOUTBOX__HTTP__LISTEN", "")];
+        assert_eq!(load(&env, None, &[]).unwrap().http, None);
+    }
+
+    #[test]
+    fn a_file_that_should_hold_a_url_and_is_empty_is_a_fault() {
+        let empty = file(" \n");
+        let path = empty.path().to_str().unwrap();
+        for name in ["DATABASE_URL_FILE", "PGOUTBOX__POSTGRES__URL_FILE"] {
+            let faults = load(&[URLS[1], (name, path)], None, &[]).unwrap_err();
+            assert_eq!(faults, [format!("postgres.url_file: {path}: it is empty, and should hold the URL")]);
+        }
+    }
+
+    #[test]
+    fn a_url_and_its_file_at_one_level_contradict_each_other() {
+        let secret = file("postgres://of-file/d");
+        let path = secret.path().to_str().unwrap();
+        let both = file(&format!("[postgres]\nurl = \"postgres://h/d\"\nurl_file = \"{path}\"\n"));
+        let (url, url_file) = ("PGOUTBOX__POSTGRES__URL", "PGOUTBOX__POSTGRES__URL_FILE");
+        for (env, file, flags) in [
+            (&[URLS[1]][..], Some(both.path()), &[][..]),
+            (&[URLS[1], (url, "postgres://h/d"), (url_file, path)], None, &[]),
+            (&[URLS[1]], None, &[("postgres.url_file", path), ("postgres.url", "postgres://h/d")]),
+            (&[URLS[0], URLS[1], ("DATABASE_URL_FILE", path)], None, &[]),
+        ] {
+            let faults = load(env, file, flags).unwrap_err();
+            assert!(faults.len() == 1 && faults[0].contains("set one of the two"), "{faults:?}");
+        }
+        // Of two levels the higher one counts.
+        let config = load(&[URLS[0], URLS[1], (url_file, path)], None, &[]).unwrap();
+        assert!(format!("{:?}", config.postgres).contains("of-file"), "{:?}", config.postgres);
+        let config = load(&[URLS[1], (url, "postgres://higher/d")], None, &[]);
+        assert!(format!("{:?}", config.unwrap().postgres).contains("higher"));
     }
 
     #[test]

@@ -12,13 +12,15 @@ use super::values::distance;
 /// Values by key, before they are understood, and what is wrong with them.
 pub(super) struct Raw<'a> {
     values: BTreeMap<&'static str, String>,
+    /// The secrets that the source at hand has set, and whether by a file.
+    secrets: BTreeMap<&'static str, bool>,
     pub(super) faults: Vec<String>,
     pub(super) environment: &'a BTreeMap<String, String>,
 }
 
 impl<'a> Raw<'a> {
     pub(super) fn new(environment: &'a BTreeMap<String, String>) -> Self {
-        Self { values: BTreeMap::new(), faults: Vec::new(), environment }
+        Self { values: BTreeMap::new(), secrets: BTreeMap::new(), faults: Vec::new(), environment }
     }
 
     pub(super) fn read_file(&mut self, path: Option<&Path>) {
@@ -85,6 +87,7 @@ impl<'a> Raw<'a> {
 
     pub(super) fn read_environment(&mut self) {
         const PREFIX: &str = "PGOUTBOX__";
+        self.secrets.clear();
         for (variable, value) in self.environment {
             if let Some(name) = variable.strip_prefix(PREFIX) {
                 let name = name.to_ascii_lowercase().replace("__", ".");
@@ -93,28 +96,50 @@ impl<'a> Raw<'a> {
         }
     }
 
-    pub(super) fn set(&mut self, name: &str, value: String, origin: &str) {
-        if let Some(key) = KEYS.iter().find(|key| key.name == name) {
-            self.values.insert(key.name, value);
-            return;
+    pub(super) fn read_flags(&mut self, flags: &[(String, String)]) {
+        self.secrets.clear();
+        for (name, value) in flags {
+            self.set(name, value.clone(), "flag");
         }
-        let file_of = name.strip_suffix("_file").and_then(|base| KEYS.iter().find(|key| key.name == base));
-        match file_of.filter(|key| key.is_secret) {
-            Some(key) => match std::fs::read_to_string(&value) {
-                Ok(secret) => {
-                    self.values.insert(key.name, secret.trim_end().to_owned());
+    }
+
+    fn set(&mut self, name: &str, value: String, origin: &str) {
+        let named = |name: &str| KEYS.iter().find(|key| key.name == name);
+        let file_of = name.strip_suffix("_file").and_then(named).filter(|key| key.is_secret);
+        match named(name).or(file_of) {
+            // Compose files pass on variables that nobody set as empty ones: they may not hide another server's URL.
+            Some(key) if key.is_secret && value.is_empty() => {}
+            Some(key) => {
+                let by_file = file_of.is_some();
+                if key.is_secret && self.secrets.insert(key.name, by_file).is_some_and(|before| before != by_file) {
+                    self.fault(format!("{0} and {0}_file: set one of the two (from {origin})", key.name));
+                } else if by_file {
+                    self.set_by_file(key.name, name, &value);
+                } else {
+                    self.values.insert(key.name, value);
                 }
-                Err(error) if is_path(&value) => self.fault(format!("{name}: {value}: {error}")),
-                Err(error) => self.fault(format!(
-                    "{name}: the name of a file is needed, which holds the URL, and not the URL ({error})"
-                )),
-            },
+            }
             None => {
                 let name = shown(name);
                 let near = KEYS.iter().map(|key| key.name).min_by_key(|key| distance(key, &name));
                 let hint = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
                 self.fault(format!("{name}: unknown key (from {origin}){hint}"));
             }
+        }
+    }
+
+    fn set_by_file(&mut self, key: &'static str, name: &str, path: &str) {
+        match std::fs::read_to_string(path) {
+            // Not as if nobody had set it: libpq's defaults are some other database.
+            Ok(secret) if secret.trim_end().is_empty() => {
+                self.fault(format!("{name}: {path}: it is empty, and should hold the URL"));
+            }
+            Ok(secret) => {
+                self.values.insert(key, secret.trim_end().to_owned());
+            }
+            Err(error) if is_path(path) => self.fault(format!("{name}: {path}: {error}")),
+            Err(error) => self
+                .fault(format!("{name}: the name of a file is needed, which holds the URL, and not the URL ({error})")),
         }
     }
 
@@ -143,16 +168,18 @@ impl<'a> Raw<'a> {
         })
     }
 
-    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names. What is empty is not set: compose
-    /// files pass on variables that nobody set as empty ones.
+    /// A secret's ambient variable, `DATABASE_URL` or `AMQP_URL`, or the file it names.
     pub(super) fn ambient(&mut self, name: &'static str, variable: &str) {
         if self.optional(name).is_some() {
             return;
         }
-        if let Some(value) = self.environment.get(variable).filter(|value| !value.is_empty()) {
-            self.values.insert(name, value.clone());
-        } else if let Some(path) = self.environment.get(&format!("{variable}_FILE")).cloned() {
-            self.set(&format!("{name}_file"), path, variable);
+        self.secrets.clear();
+        for (name, variable) in
+            [(name.to_owned(), variable.to_owned()), (format!("{name}_file"), format!("{variable}_FILE"))]
+        {
+            if let Some(value) = self.environment.get(&variable).cloned() {
+                self.set(&name, value, &variable);
+            }
         }
     }
 }
