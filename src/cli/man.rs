@@ -20,7 +20,7 @@ const ENVIRONMENT: [(&str, &str); 7] = [
     ("AMQP_URL", "`rabbitmq.url`, when that is not set"),
     (
         "DATABASE_URL_FILE, AMQP_URL_FILE, PGOUTBOX__POSTGRES__URL_FILE, PGOUTBOX__RABBITMQ__URL_FILE",
-        "a file that holds the URL, for secrets that are mounted",
+        "a file that holds the URL, for secrets that are mounted; read once, at start",
     ),
     ("PGOUTBOX_CONFIG", "`--config`"),
     ("RUST_LOG", "`--log-level`, also by module"),

@@ -18,8 +18,11 @@ pub(super) fn login(attempt: &Attempt, error: &ServerError) -> Remedy {
     let by_database = error.field(b'R') == Some("CheckMyDatabase");
     match error.code() {
         "28P01" => {
-            let from = password_from.as_deref().filter(|from| *from != "postgres.url");
-            let from = from.map(|path| format!(" (the password is from {path})")).unwrap_or_default();
+            let from = match password_from.as_deref() {
+                Some("postgres.url") => " (a change of it needs a restart)".to_owned(),
+                Some(path) => format!(" (the password is from {path})"),
+                None => String::new(),
+            };
             Remedy::sql(format!(r"\password {role}")).mind(format!(
                 "Or check user and password in postgres.url{from}; a role that does not exist looks the same"
             ))
