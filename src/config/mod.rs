@@ -212,11 +212,14 @@ impl Raw<'_> {
     }
 
     fn sink(&mut self, needs: Needs) -> SinkSettings {
-        match self.text("sink").as_str() {
-            "stdout" => return SinkSettings::Stdout,
-            "rabbitmq" => {}
-            _ => self.fault("sink: `rabbitmq` or `stdout` is needed".to_owned()),
-        }
+        let is_stdout = match self.text("sink").as_str() {
+            "stdout" => true,
+            "rabbitmq" => false,
+            _ => {
+                self.fault("sink: `rabbitmq` or `stdout` is needed".to_owned());
+                false
+            }
+        };
         let exchange = self.parsed("rabbitmq.exchange", String::new(), exchange);
         let declare = self.parsed("rabbitmq.declare", true, |text| {
             text.parse().map_err(|_| "`true` or `false` is needed".to_owned())
@@ -226,13 +229,17 @@ impl Raw<'_> {
         let message_bytes_max = self
             .parsed("rabbitmq.message_bytes_max", 0, |text| if text.is_empty() { Ok(0) } else { bytes(text, 1 << 29) });
         let url = self.optional("rabbitmq.url");
-        if url.is_none() && needs == Needs::Both {
+        if url.is_none() && needs == Needs::Both && !is_stdout {
             self.fault(
                 "rabbitmq.url: none is set; set it, or AMQP_URL, or `sink = \"stdout\"` to try without a broker"
                     .to_owned(),
             );
         }
         let addresses = url.map(|url| self.addresses(&url)).unwrap_or_default();
+        // Only now: what is set wrong is told, whether it is used or not.
+        if is_stdout {
+            return SinkSettings::Stdout;
+        }
         SinkSettings::RabbitMq(rabbitmq::Settings { addresses, exchange, declare, queues, message_bytes_max })
     }
 
@@ -528,6 +535,22 @@ mod tests {
         assert!(format!("{:?}", config.postgres).contains("of-file"), "{:?}", config.postgres);
         let config = load(&[URLS[1], (url, "postgres://higher/d")], None, &[]);
         assert!(format!("{:?}", config.unwrap().postgres).contains("higher"));
+    }
+
+    #[test]
+    fn what_is_set_for_a_broker_is_looked_at_where_none_is_needed() {
+        let stdout = ("sink", "stdout");
+        assert!(matches!(load(&URLS[..1], None, &[stdout]).unwrap().sink, SinkSettings::Stdout));
+        for (key, value) in [
+            ("rabbitmq.declare", "maybe"),
+            ("rabbitmq.queues", ","),
+            ("rabbitmq.exchange", ""),
+            ("rabbitmq.message_bytes_max", "much"),
+            ("rabbitmq.url", "http://h"),
+        ] {
+            let faults = load(&URLS[..1], None, &[stdout, (key, value)]).unwrap_err();
+            assert!(faults.len() == 1 && faults[0].starts_with(key), "{faults:?}");
+        }
     }
 
     #[test]

@@ -96,7 +96,10 @@ async fn passwords_are_proven_by_scram_and_md5_and_a_wrong_one_is_waited_for_wit
         let (code, reasons) = relay.get("/readyz");
         assert!(code == 503 && reasons.contains("password authentication failed"), "{reasons}");
         let log = relay.log();
-        assert!(log.contains("28P01") && log.contains("password in postgres.url (a change of it needs a restart)"), "{log}");
+        assert!(
+            log.contains("28P01") && log.contains("password in postgres.url (a change of it needs a restart)"),
+            "{log}"
+        );
         assert!(!(log + &reasons + &relay.get("/").1).contains("canary"));
         // Mended on the server, without a restart.
         outbox.sql(&format!("set password_encryption = '{method}'; alter role {role} password '{WRONG}'")).await;
