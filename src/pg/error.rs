@@ -74,6 +74,8 @@ pub enum Error {
         attempt: Box<Attempt>,
         /// What is in the way, with a remedy.
         problem: String,
+        /// A password may be on its way; what the server asks for stays what it is.
+        retry: Retry,
     },
     /// No TLS as it is asked for.
     #[error("no TLS with Postgres at {host}: {problem}")]
@@ -264,7 +266,8 @@ impl Error {
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
-            Error::World(_) | Error::PublicationSkipped(_) | Error::Login { .. } => Retry::Never,
+            Error::World(_) | Error::PublicationSkipped(_) => Retry::Never,
+            Error::Login { retry, .. } => *retry,
             Error::Server(error) | Error::Refused { error, .. } => error.retry(),
             _ => Retry::Later,
         }

@@ -17,6 +17,7 @@ use super::dial::{Place, Socket};
 use super::error::{Attempt, Error, ServerError};
 use super::settings::{Password, Settings};
 use super::tls;
+use crate::retry::Retry;
 
 /// PostgreSQL's default is 4096; more than this is more than postgres-protocol computes.
 const ITERATIONS_MAX: u64 = 100_000;
@@ -124,7 +125,7 @@ pub(super) async fn log_in(
 
 impl Login<'_> {
     fn refuse(&self, problem: impl Into<String>) -> Error {
-        Error::Login { attempt: Box::new(self.attempt.clone()), problem: problem.into() }
+        Error::Login { attempt: Box::new(self.attempt.clone()), problem: problem.into(), retry: Retry::Never }
     }
 
     fn check_peer(&self) -> Result<(), Error> {
@@ -267,9 +268,12 @@ impl Login<'_> {
                 self.attempt.password_from = Some(password.origin.clone());
                 Ok(password)
             }
-            Err(remedy) => {
-                Err(self.refuse(format!("the server asks for a password and none is set. Remedy: {remedy}")))
-            }
+            // Its file may be changed right now: empty for a moment, or not yet for its owner alone.
+            Err(remedy) => Err(Error::Login {
+                attempt: Box::new(self.attempt.clone()),
+                problem: format!("the server asks for a password and none is set. Remedy: {remedy}"),
+                retry: Retry::Later,
+            }),
         }
     }
 

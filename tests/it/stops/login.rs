@@ -3,9 +3,12 @@
 //! The trap: a wrong password may be one that an operator is changing right now, so the relay waits; and the password itself
 //! must not come out anywhere, right or wrong.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+
 use pgoutbox::servers::Postgres;
 
-use super::{WORLD, ended, statement, stops};
+use super::{WORLD, ended, statement, stops, verb};
 use crate::support::consumer::Consumer;
 use crate::support::relay::Relay;
 use crate::support::{Outbox, eventually, shared_postgres, shared_postgres_18, shared_rabbitmq};
@@ -106,6 +109,48 @@ async fn passwords_are_proven_by_scram_and_md5_and_a_wrong_one_is_waited_for_wit
         relay.ready().await;
         assert_eq!(relay.stop(), 0);
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_file_that_cannot_be_used_for_a_while_ends_no_relay() {
+    let postgres = Postgres::start(&[]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    outbox.sql(&format!("create role by_file login replication password '{RIGHT}'")).await;
+    postgres.append_hba("host all by_file 127.0.0.1/32 scram-sha-256").unwrap();
+    postgres.reload().unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let passfile = home.path().join("passfile");
+    let line = format!("*:*:*:*:{RIGHT}\n");
+    let write = |text: &str, mode| {
+        std::fs::write(&passfile, text).unwrap();
+        std::fs::set_permissions(&passfile, Permissions::from_mode(mode)).unwrap();
+    };
+    write(&line, 0o600);
+    let (port, name, path) = (postgres.port(), outbox.name.clone(), passfile.display());
+    outbox.url = format!("host=127.0.0.1 port={port} user=by_file dbname={name} passfile={path}");
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    let ends = "select count(pg_terminate_backend(pid)) from pg_stat_activity where usename = 'by_file'";
+    for (text, mode, says) in
+        [(line.as_str(), 0o644, "chmod 600"), ("", 0o600, "put it into"), ("gone", 0, "put it into")]
+    {
+        if text == "gone" {
+            std::fs::remove_file(&passfile).unwrap()
+        } else {
+            write(text, mode)
+        }
+        outbox.sql(ends).await;
+        eventually("it says what is wrong", || async { relay.get("/readyz").1.contains(says) }).await;
+        for arguments in [&["check"][..], &["init"], &["run", "--give-up-after", "1s", "--set", "http.listen="]] {
+            let ended = verb(&outbox, arguments);
+            let said = String::from_utf8_lossy(&[ended.stdout, ended.stderr].concat()).into_owned();
+            let code = if arguments[0] == "run" { 69 } else { WORLD };
+            assert!(ended.status.code() == Some(code) && said.contains(says) && !said.contains(RIGHT), "{said}");
+        }
+        write(&line, 0o600);
+        relay.ready().await;
+    }
+    assert_eq!(relay.stop(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
