@@ -17,7 +17,8 @@ pub enum ExitCode {
     Usage = 64,
     /// A row that cannot be delivered as it is (`EX_DATAERR`).
     Row = 65,
-    /// A peer stayed unreachable for too long (`EX_UNAVAILABLE`).
+    /// A peer stayed unreachable for too long, or something of this machine was not to be had (`EX_UNAVAILABLE`): it may be
+    /// at the next start.
     Unavailable = 69,
     /// A bug in pgoutbox (`EX_SOFTWARE`).
     Bug = 70,
@@ -33,7 +34,8 @@ impl ExitCode {
         (Self::Row, "a row that cannot be delivered as it is"),
         (
             Self::Unavailable,
-            "a peer stayed unreachable longer than `--give-up-after` (default: never), or standard output cannot be written",
+            "a peer stayed unreachable longer than `--give-up-after` (default: never), standard output cannot be \
+             written, or `http.listen` is taken or not an address of this machine",
         ),
         (Self::Bug, "a bug in pgoutbox"),
         (

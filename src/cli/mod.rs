@@ -40,7 +40,7 @@ Settings come from flags, then PGOUTBOX__SECTION__KEY, then the file, then defau
 understood. `pgoutbox run --print-config` shows them all.
 
 Exit codes: 0 stopped cleanly, 64 usage or configuration, 65 a row that cannot be delivered, 69 a peer unreachable for too \
-long, 70 a bug in pgoutbox, 78 the world is set up wrong.";
+long, or an output or http.listen not to be had, 70 a bug in pgoutbox, 78 the world is set up wrong.";
 
 /// clap's name of what [`command`] gives to every verb.
 const SETTINGS: &str = "settings";

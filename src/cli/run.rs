@@ -1,6 +1,8 @@
 //! `pgoutbox run`: the daemon.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -104,16 +106,27 @@ fn warn(sink: &SinkSettings) {
 
 async fn serve(config: &Config, metrics: &Arc<Metrics>, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
     let Some(address) = config.http else { return Ok(()) };
-    let listener = http::listen(address).await.map_err(|source| Error::System {
-        doing: format!("cannot listen on http.listen = {address} (set another, or none with an empty text)"),
-        source,
-    })?;
+    let listener = http::listen(address).await.map_err(|source| cannot_listen(address, source))?;
     tracing::info!(%address, "probes and metrics");
     let stopped = async move {
         let _ = stop.wait_for(|stop| *stop).await;
     };
     tokio::spawn(http::serve(listener, metrics.clone(), stopped));
     Ok(())
+}
+
+/// A port that this user may never have is a wrong setting. One that is taken may be a predecessor's, who is about to end,
+/// and an address that is not there may come up with its network: a supervisor tries these again.
+fn cannot_listen(address: SocketAddr, source: std::io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::PermissionDenied => Error::Config(vec![format!(
+            "http.listen: this user may not listen on {address}: {source}; name a port from 1024, or none with an empty text"
+        )]),
+        _ => Error::System {
+            doing: format!("cannot listen on http.listen = {address} (set another, or none with an empty text)"),
+            source,
+        },
+    }
 }
 
 /// True once SIGTERM or SIGINT came.
@@ -133,4 +146,23 @@ fn stop_on_signal() -> Result<watch::Receiver<bool>, Error> {
         std::future::pending::<()>().await;
     });
     Ok(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ExitCode;
+
+    #[test]
+    fn a_port_that_may_be_free_later_is_another_fault_than_one_that_never_is_given() {
+        for (kind, code) in [
+            (ErrorKind::PermissionDenied, ExitCode::Usage),
+            (ErrorKind::AddrInUse, ExitCode::Unavailable),
+            (ErrorKind::AddrNotAvailable, ExitCode::Unavailable),
+        ] {
+            let error = cannot_listen(SocketAddr::from(([127, 0, 0, 1], 80)), kind.into());
+            assert_eq!(error.exit_code(), code, "{kind}");
+            assert!(error.to_string().contains("http.listen") && error.to_string().contains("127.0.0.1:80"), "{error}");
+        }
+    }
 }
