@@ -123,6 +123,19 @@ fn the_service_leaves_a_stop_its_time_and_does_not_try_again_what_people_must_me
     assert_eq!(directive("RestartPreventExitStatus"), futile);
 }
 
+#[test]
+fn other_verbs_are_run_as_the_services_user_by_the_head_of_the_unit() {
+    let command = UNIT.lines().find(|line| line.contains("systemd-run")).unwrap();
+    for name in ["DynamicUser", "User", "EnvironmentFile"] {
+        let property = format!(" -p {name}={} ", directive(name));
+        assert!(command.contains(&property), "{property} is not in {command}");
+    }
+    let arguments = directive("ExecStart").strip_prefix("/usr/bin/pgoutbox run").unwrap();
+    assert!(command.ends_with(arguments), "{command}");
+    // In a user namespace of its own, every other user is nobody, also the one whom requirepeer names.
+    assert!(!UNIT.lines().any(|line| line.starts_with("PrivateUsers=")));
+}
+
 /// What has our name where packages put things.
 fn traces() -> BTreeSet<String> {
     let places = ["/etc", "/usr", "/lib/systemd", "/var/lib", "/var/log", "/run"];
