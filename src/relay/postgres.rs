@@ -93,7 +93,7 @@ impl Postgres {
         }
         let (publication, table) = (&self.names.publication, &self.mapping.table);
         let problem = finding.problem.trim_start_matches(&format!("table {table}: "));
-        let problem = format!("publication {publication} leaves out columns of {table} by a column list: {problem}");
+        let problem = format!("publication {publication} leaves out columns of {table}: {problem}");
         Some(Finding::new(problem, world.republish(&self.names)))
     }
 

@@ -152,7 +152,7 @@ impl Account {
             ),
             403 => Remedy::shell(format!("rabbitmqctl change_password {}", word(user))).mind(format!(
                 "Or check user, password, vhost and permissions of rabbitmq.url; a user that does not exist looks the \
-                 same: rabbitmqctl add_user {}",
+                 same: rabbitmqctl add_user {}. rabbitmq.url is read at the start: a change of it needs a restart",
                 word(user)
             )),
             _ => Remedy::default(),

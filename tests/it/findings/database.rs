@@ -100,7 +100,7 @@ cases! {
 
     a_column_list_without_the_payload_is_taken_off:
         [Sql("alter publication pgoutbox set table outbox (id, aggregatetype, aggregateid, type)")],
-        "by a column list: column payload is missing", Stops, "ALTER PUBLICATION pgoutbox SET TABLE public.outbox;";
+        "leaves out columns of public.outbox: column payload is missing", Stops, "ALTER PUBLICATION pgoutbox SET TABLE public.outbox;";
 
     a_publication_of_one_partition_is_given_the_table:
         [
