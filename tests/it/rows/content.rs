@@ -179,12 +179,8 @@ async fn columns_are_found_by_name_in_any_order_and_by_the_names_of_the_settings
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_of_a_sql_ascii_database_arrive_untouched_and_stop_the_relay_in_a_key() {
-    let mut outbox = Outbox::empty(shared_postgres(), shared_rabbitmq()).await;
-    let name = format!("{}_ascii", outbox.name);
-    outbox.sql(&format!("create database {name} encoding 'SQL_ASCII' template template0")).await;
-    outbox.url = shared_postgres().url_for("postgres", None, &name);
-    outbox.client = crate::support::connect(&outbox.url).await;
-    outbox.name = name;
+    let ascii = "encoding 'SQL_ASCII' template template0";
+    let outbox = Outbox::empty_in(ascii, shared_postgres(), shared_rabbitmq()).await;
     outbox.sql("create table outbox (id text, aggregatetype text, aggregateid text, type text, payload text)").await;
     outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
     outbox.create_slot().await;

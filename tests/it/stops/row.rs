@@ -5,7 +5,7 @@
 
 use pgoutbox::servers::Postgres;
 
-use super::{ROW, Witness, statement, stops_with};
+use super::{ROW, Witness, ended, statement, stops, stops_with};
 use crate::support::consumer::Consumer;
 use crate::support::relay::Relay;
 use crate::support::{Outbox, shared_postgres, shared_postgres_18, shared_rabbitmq};
@@ -97,4 +97,47 @@ async fn a_body_beyond_the_brokers_limit_stops_the_relay() {
 async fn headers_beyond_a_frame_stop_the_relay() {
     let values = "'order', 'placed', '{}', jsonb_build_object('long', repeat('x', 131072))";
     stops_before(shared_postgres(), &Bad { values, settings: &[], says: "one frame takes 131064" }).await;
+}
+
+/// 0x81 stands for nothing in WIN1252, which Postgres stores all the same; what has no form in UTF-8 cannot be sent in it.
+async fn stops_before_what_the_server_cannot_send(kind_and_payload: &str) {
+    let win1252 = "encoding 'WIN1252' lc_collate 'C' lc_ctype 'C' template template0";
+    let outbox = Outbox::create_in(win1252, shared_postgres(), shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let witness = Witness::of(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    let before = outbox.insert("before").await;
+    let last_good = witness.last_commit().await;
+    outbox.wait_confirmed(last_good).await;
+    outbox
+        .sql(&format!(
+            "insert into outbox (aggregatetype, aggregateid, type, payload) values ('order', '1', {kind_and_payload})"
+        ))
+        .await;
+    let bad_commit = witness.last_commit().await;
+    let after = outbox.insert("after").await;
+    let says = ["SQLSTATE 22P05", "WIN1252", "no UTF-8: skip its transaction with pg_replication_slot_advance"];
+    ended(relay, ROW, &says);
+    // Again, and from the first moment on.
+    stops(&outbox, ROW, &says).await;
+    let confirmed = outbox.confirmed().await;
+    assert!(confirmed >= last_good && confirmed < bad_commit, "{last_good} <= {confirmed} < {bad_commit}");
+    let ids = || consumer.received().into_iter().map(|received| received.id).collect::<Vec<_>>();
+    assert_eq!(ids(), [before.as_str()]);
+    outbox.sql(&format!("select pg_replication_slot_advance('{}', '{bad_commit}')", outbox.name)).await;
+    let relay = Relay::start(&outbox);
+    consumer.wait_distinct(2).await;
+    assert_eq!(relay.stop(), 0);
+    assert_eq!(ids(), [before, after]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_has_no_form_in_utf_8_stops_the_relay() {
+    stops_before_what_the_server_cannot_send(r"E'\x81', '{}'").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_that_has_no_form_in_utf_8_stops_the_relay() {
+    stops_before_what_the_server_cannot_send(r"'placed', to_jsonb(E'\x81'::text)").await;
 }

@@ -116,21 +116,37 @@ impl Outbox {
 
     /// For a broker at this URL.
     pub(crate) async fn create_for(postgres: &Postgres, amqp: String) -> Self {
-        let outbox = Self::empty_for(postgres, amqp).await;
-        outbox.sql(&TABLE.replace("{table}", "public.outbox")).await;
-        outbox.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
-        outbox.create_slot().await;
+        let outbox = Self::empty_for(postgres, amqp, "").await;
+        outbox.furnish().await;
         outbox
+    }
+
+    /// In a database made with these options of `create database`.
+    pub(crate) async fn create_in(options: &str, postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
+        let outbox = Self::empty_in(options, postgres, rabbitmq).await;
+        outbox.furnish().await;
+        outbox
+    }
+
+    async fn furnish(&self) {
+        self.sql(&TABLE.replace("{table}", "public.outbox")).await;
+        self.sql("create publication pgoutbox for table outbox with (publish = 'insert')").await;
+        self.create_slot().await;
     }
 
     /// A database with nothing in it.
     pub(crate) async fn empty(postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
-        Self::empty_for(postgres, rabbitmq.url()).await
+        Self::empty_in("", postgres, rabbitmq).await
     }
 
-    async fn empty_for(postgres: &Postgres, amqp: String) -> Self {
+    /// A database with nothing in it, made with these options of `create database`.
+    pub(crate) async fn empty_in(options: &str, postgres: &Postgres, rabbitmq: &RabbitMq) -> Self {
+        Self::empty_for(postgres, rabbitmq.url(), options).await
+    }
+
+    async fn empty_for(postgres: &Postgres, amqp: String, options: &str) -> Self {
         let name = unique("t");
-        connect(&postgres.url()).await.batch_execute(&format!("create database {name}")).await.unwrap();
+        connect(&postgres.url()).await.batch_execute(&format!("create database {name} {options}")).await.unwrap();
         let url = postgres.url_for("postgres", None, &name);
         Self { client: connect(&url).await, url, amqp, name }
     }
