@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -52,6 +53,8 @@ pub(crate) const USUAL: Tune = Tune { channel_max: 2047, frame_max: 131_072, hea
 struct Seen {
     connections: AtomicUsize,
     published: Mutex<Vec<Published>>,
+    /// What scripts found wrong with what they read: in a thread of its own an assertion only closes a socket.
+    faults: Mutex<Vec<String>>,
     is_open: Mutex<bool>,
     opened: Condvar,
 }
@@ -78,9 +81,12 @@ impl Broker {
                 let session = seen.connections.fetch_add(1, Ordering::SeqCst);
                 std::thread::spawn(move || {
                     socket.set_nodelay(true).unwrap();
-                    let mut wire = Wire { socket, seen, session, tag: 0 };
+                    let mut wire = Wire { socket, seen, session, tag: 0, is_honest: session >= hostile };
                     // It ends when the other side goes, or when the script is done.
-                    let _ = if session < hostile { script(&mut wire) } else { wire.serve() };
+                    let talk = || if wire.is_honest { wire.serve() } else { script(&mut wire) };
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(talk)) {
+                        wire.seen.faults.lock().unwrap().push(format!("connection {session}: {}", said(&*panic)));
+                    }
                     let _ = wire.socket.shutdown(Shutdown::Both);
                 });
             }
@@ -109,6 +115,12 @@ impl Broker {
         self.seen.connections.load(Ordering::SeqCst)
     }
 
+    /// No script found anything wrong with what it read.
+    pub(crate) fn assert_spoken_to_well(&self) {
+        let faults = self.seen.faults.lock().unwrap();
+        assert!(faults.is_empty(), "{faults:#?}");
+    }
+
     pub(crate) fn published(&self) -> Vec<Published> {
         self.seen.published.lock().unwrap().clone()
     }
@@ -120,6 +132,14 @@ pub(crate) struct Wire {
     seen: Arc<Seen>,
     session: usize,
     tag: u64,
+    /// Answers when it is looked whether the exchange is still there.
+    is_honest: bool,
+}
+
+/// The text of a panic.
+fn said(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
 /// The other side said goodbye.
@@ -306,8 +326,10 @@ impl Wire {
     pub(crate) fn publish_method(&mut self) -> io::Result<Vec<u8>> {
         let arguments = loop {
             let (kind, payload) = self.frame()?;
-            if kind == 1 && method_of(&payload) == PUBLISH {
-                break payload[4..].to_vec();
+            match method_of(&payload) {
+                PUBLISH if kind == 1 => break payload[4..].to_vec(),
+                EXCHANGE_DECLARE if kind == 1 && self.is_honest => self.method(1, (40, 11), &[])?,
+                _ => {}
             }
         };
         self.tag += 1;

@@ -117,6 +117,7 @@ impl Case {
         let last = self.outbox.current().await;
         self.outbox.wait_confirmed(last).await;
         assert_eq!(self.relay.stop(), 0);
+        self.broker.assert_spoken_to_well();
     }
 
     /// The relay stops, with this code and these words, and published nothing.
@@ -126,6 +127,7 @@ impl Case {
         assert_eq!(self.ids(), Vec::<String>::new());
         self.told_nothing_beyond(self.world.end);
         assert_eq!(self.relay.exit_code(), code);
+        self.broker.assert_spoken_to_well();
     }
 }
 
