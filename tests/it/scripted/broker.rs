@@ -189,8 +189,8 @@ case!(a_broker_that_stays_blocked_is_waited_for_and_settles_nothing, async {
         assert_eq!(case.broker.connections(), 1, "{}", case.relay.log());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // A stop waits no longer than it may.
-    assert_eq!(case.relay.stop(), 0);
+    // A stop waits no longer than it may: a second here, and 25 by default.
+    assert_eq!(case.relay.stop_within(Duration::from_secs(15)), 0);
     assert!(case.outbox.confirmed().await <= first, "told at the stop, and nothing is settled");
 });
 
@@ -520,7 +520,8 @@ case!(a_broker_that_never_says_goodbye_does_not_hold_a_stop, async {
     };
     let case = Case::start(script).await;
     eventually("all is settled", || async { case.relay.metric("pgoutbox_settled_total") == ROWS as f64 }).await;
-    assert_eq!(case.relay.stop(), 0);
+    assert_eq!(case.relay.stop_within(Duration::from_secs(15)), 0);
+    case.broker.assert_spoken_to_well();
 });
 
 case!(whatever_a_broker_proposes_for_tuning_the_messages_get_there, async {

@@ -130,18 +130,27 @@ impl Relay {
 
     /// SIGTERM; the exit code.
     pub(crate) fn stop(self) -> i32 {
+        self.stop_within(PATIENCE)
+    }
+
+    /// The same, where it matters how long that takes. A busy machine takes seconds.
+    pub(crate) fn stop_within(self, within: Duration) -> i32 {
         self.signal(Signal::SIGTERM);
-        self.exit_code()
+        self.exit_code_within(within)
     }
 
     /// Waits for its end.
-    pub(crate) fn exit_code(mut self) -> i32 {
+    pub(crate) fn exit_code(self) -> i32 {
+        self.exit_code_within(PATIENCE)
+    }
+
+    fn exit_code_within(mut self, within: Duration) -> i32 {
         let began = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code().unwrap_or(-1);
             }
-            assert!(began.elapsed() < PATIENCE, "still running:\n{}", self.log());
+            assert!(began.elapsed() < within, "still running after {within:?}:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
     }
