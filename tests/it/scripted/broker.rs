@@ -560,7 +560,7 @@ async fn a_host_that_holds_back_its_confirms_is_left_for_the_next_one() {
     let (silent, honest) = (Broker::start(0, |_| Ok(())), Broker::honest());
     let outbox = Outbox::create_for(shared_postgres(), format!("{},{}", silent.url(), honest.url())).await;
     let row = outbox.insert("placed").await;
-    let relay = Relay::start_with(&outbox, &[("rabbitmq.confirm_timeout", "1s")]);
+    let relay = Relay::start_with(&outbox, &[("rabbitmq.confirm_timeout", "5s")]);
     eventually("the row is settled", || async { relay.metric("pgoutbox_settled_total") == 1.0 }).await;
     let came = |broker: &Broker| broker.published().into_iter().map(|published| published.id).collect::<Vec<_>>();
     assert_eq!((came(&silent), came(&honest)), (vec![row.clone()], vec![row]), "{}", relay.log());
