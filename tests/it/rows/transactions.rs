@@ -223,6 +223,29 @@ async fn a_prepared_transaction_arrives_when_it_is_committed() {
     stage.stop();
 }
 
+/// As the worker of a subscription writes, or a tool that copies rows: pgoutput says so in a message of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_a_replication_origin_are_events_as_all_others() {
+    let stage = Stage::set().await;
+    let origin = &stage.outbox.name;
+    stage.outbox.sql(&insert(&["before"])).await;
+    let copier = connect(&stage.outbox.url).await;
+    let setup =
+        format!("select pg_replication_origin_create('{origin}'), pg_replication_origin_session_setup('{origin}')");
+    copier.batch_execute(&setup).await.unwrap();
+    copier.batch_execute(&insert(&["copied"])).await.unwrap();
+    let then = "select pg_replication_origin_xact_setup('0/AB', '2024-03-01 00:00:00+00')";
+    copier.batch_execute(&format!("begin; {then}; {}; commit", insert(&["first", "second"]))).await.unwrap();
+    stage.outbox.sql(&insert(&["after"])).await;
+    let received = stage.received(5).await;
+    assert_eq!(stage.kinds(), ["before", "copied", "first", "second", "after"]);
+    let seconds: Vec<_> = received.iter().map(|received| received.properties.timestamp().unwrap()).collect();
+    assert_eq!(seconds[2..4], [1_709_251_200; 2], "a commit that says when it was first made was made then");
+    let progress = format!("select pg_replication_origin_progress('{origin}', true)");
+    assert_eq!(stage.outbox.text(&progress).await.as_deref(), Some("0/AB"), "none of them has an origin");
+    stage.stop();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_outbox_follows_the_writes_of_other_tables() {
     let stage = Stage::set().await;
