@@ -22,6 +22,10 @@ pub(crate) enum From {
 struct Seen {
     streams: AtomicUsize,
     told: Mutex<Vec<u64>>,
+    /// How often a status asked for a sign of life.
+    pings: AtomicUsize,
+    /// The position in the sign of life that is given then, if any.
+    answer: Mutex<Option<u64>>,
 }
 
 /// The first replication connections follow a script, all later ones go to the real server.
@@ -66,6 +70,11 @@ impl Postgres {
     /// The positions that scripted streams were told as flushed.
     pub(crate) fn told(&self) -> Vec<u64> {
         self.seen.told.lock().unwrap().clone()
+    }
+
+    /// How often scripted streams were asked for a sign of life.
+    pub(crate) fn pings(&self) -> usize {
+        self.seen.pings.load(Ordering::SeqCst)
     }
 }
 
@@ -179,12 +188,30 @@ impl Wire {
         std::thread::spawn(move || {
             while let Ok((tag, body)) = wire.read() {
                 if tag == b'd' && body[0] == b'r' {
+                    // Written, flushed, applied, the clock; then whether an answer is wanted.
                     wire.seen.told.lock().unwrap().push(u64::from_be_bytes(body[9..17].try_into().unwrap()));
+                    if body[33] == 1 {
+                        wire.answer();
+                    }
                 }
             }
             let _ = wire.socket.shutdown(Shutdown::Both);
         });
         Ok(())
+    }
+
+    fn answer(&mut self) {
+        self.seen.pings.fetch_add(1, Ordering::SeqCst);
+        if let Some(wal_end) = *self.seen.answer.lock().unwrap() {
+            // A client that is gone asks no more.
+            let _ = self.socket.write_all(&keepalive_with(wal_end, 0));
+        }
+    }
+
+    /// Says nothing unasked, until the client goes.
+    pub(crate) fn answer_pings(&mut self, wal_end: u64) -> io::Result<()> {
+        *self.seen.answer.lock().unwrap() = Some(wal_end);
+        self.fall_silent()
     }
 
     /// Says nothing more, until the client goes.
@@ -211,7 +238,11 @@ pub(crate) fn data(pgoutput: &[u8]) -> Vec<u8> {
 
 /// A keepalive that wants an answer, as CopyData.
 pub(crate) fn keepalive(wal_end: u64) -> Vec<u8> {
-    message(b'd', &[b"k", &wal_end.to_be_bytes()[..], &[0; 8], &[1]].concat())
+    keepalive_with(wal_end, 1)
+}
+
+fn keepalive_with(wal_end: u64, reply_requested: u8) -> Vec<u8> {
+    message(b'd', &[b"k", &wal_end.to_be_bytes()[..], &[0; 8], &[reply_requested]].concat())
 }
 
 pub(crate) fn begin(commit_lsn: u64) -> Vec<u8> {

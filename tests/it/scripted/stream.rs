@@ -4,6 +4,7 @@
 //! must never be told is a position that stands behind something unsettled or beyond anything the server can have written.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use super::amqp::Broker;
 use super::postgres::{self, From, Postgres, Wire, begin, commit, data, fields, insert, keepalive, message, relation};
@@ -69,6 +70,14 @@ impl Case {
     where
         S: Fn(World, &mut Wire) -> io::Result<()> + Send + Sync + 'static,
     {
+        Self::start_by(|url| url.replace("postgres@", user), hostile, from, script).await
+    }
+
+    /// The relay is given what is made of the plain URL.
+    async fn start_by<S>(made: impl Fn(String) -> String, hostile: usize, from: From, script: S) -> Self
+    where
+        S: Fn(World, &mut Wire) -> io::Result<()> + Send + Sync + 'static,
+    {
         let broker = Broker::honest();
         let mut outbox = Outbox::create_for(shared_postgres(), broker.url()).await;
         let end = outbox.current().await.get();
@@ -77,7 +86,7 @@ impl Case {
         let row = outbox.insert("placed").await;
         let port = shared_postgres().port();
         let postgres = Postgres::start(port, hostile, from, move |wire| script(world, wire));
-        outbox.url = postgres.url(&outbox.url, port).replace("postgres@", user);
+        outbox.url = made(postgres.url(&outbox.url, port));
         let relay = Relay::start(&outbox);
         Self { outbox, world, row, broker, postgres, relay, hostile }
     }
@@ -248,6 +257,27 @@ case!(an_error_without_fields_or_an_end_is_an_error, async {
     }
 });
 
+/// Nothing happens for long in a quiet database, and a server whose timeout is switched off says nothing by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_speaks_only_when_it_is_asked_is_asked_in_time() {
+    let timeout = Duration::from_secs(6);
+    let options = format!("?options=-c%20wal_sender_timeout%3D{}s", timeout.as_secs());
+    let script = |world: World, wire: &mut Wire| wire.answer_pings(world.end);
+    let case = Case::start_by(|url| url + &options, 1, From::Stream, script).await;
+    case.relay.ready().await;
+    let began = Instant::now();
+    while began.elapsed() < 3 * timeout {
+        let (code, reasons) = case.relay.get("/readyz");
+        assert_eq!(code, 200, "{reasons} after {:?}\n{}", began.elapsed(), case.relay.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(case.postgres.streams(), 1, "{}", case.relay.log());
+    // At least every silence but for the first status; and no storm.
+    let pings = case.postgres.pings();
+    assert!((3..=30).contains(&pings), "{pings} in {:?}", began.elapsed());
+    case.told_nothing_beyond(case.world.end);
+}
+
 // pgoutput.
 
 /// What the log says of it, and the messages.
@@ -342,7 +372,7 @@ case!(a_keepalive_inside_a_transaction_is_not_told, async {
         // The real row's commit lies beyond 100, or the relay would have settled it already.
         wire.data(&world.transaction(100)[..3])?;
         wire.keepalive(world.end + (1 << 21))?;
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(1));
         Ok(())
     };
     Case::start(1, From::Stream, script).await.recovers(&["closed the connection"], 1, 0).await;
@@ -416,7 +446,7 @@ case!(a_server_that_never_answers_a_login_is_left_by_a_deadline, async {
         wire.send(b'R', &[0; 4])?;
         // An endless greeting: no ReadyForQuery ever.
         while wire.send(b'S', b"application_name\0pgoutbox\0").is_ok() {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
     };
