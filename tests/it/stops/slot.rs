@@ -8,6 +8,7 @@ use pgoutbox::servers::Postgres;
 
 use super::{Road, WORLD, ended, statement, stops, verb};
 use crate::support::consumer::Consumer;
+use crate::support::links::{Ledger, Link, Toxics};
 use crate::support::relay::Relay;
 use crate::support::{Outbox, eventually, postgres_18, shared_postgres, shared_rabbitmq};
 
@@ -192,6 +193,45 @@ async fn a_lost_slot_is_named_before_the_start_and_after_waiting_for_the_broker(
     outbox.sql(&statement(&log, ", then ")).await;
     assert!(verb(&outbox, &["init"]).status.success());
     let relay = Relay::start(&outbox);
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+}
+
+/// Until the next checkpoint nothing is lost, and what the operator does now decides.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_whose_wal_goes_with_the_next_checkpoint_is_an_error_in_the_log_and_can_be_saved() {
+    let postgres = Postgres::start_from(&postgres_18(), &[("max_slot_wal_keep_size", "16MB")]).unwrap();
+    let outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
+    let amqp = format!("amqp://guest:guest@127.0.0.1:{}/%2f", link.port());
+    let relay = Relay::start_at(&outbox.url, &amqp, &outbox.name, &[]);
+    relay.ready().await;
+    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
+    outbox.insert("held").await;
+    let status = format!("select wal_status from pg_replication_slots where slot_name = '{}'", outbox.name);
+    let filler = "create table if not exists filler (); drop table filler; select pg_switch_wal()";
+    eventually("the slot is unreserved", || async {
+        outbox.sql(filler).await;
+        outbox.text(&status).await.as_deref() == Some("unreserved")
+    })
+    .await;
+    let says = "the slot is about to be lost: the server removes its WAL at the next checkpoint. Raise \
+                max_slot_wal_keep_size now";
+    eventually("it is said", || async { relay.log().contains(says) }).await;
+    assert!(relay.log().contains("ERROR"), "{}", relay.log());
+    // The remedy, and the broker.
+    outbox.sql("alter system set max_slot_wal_keep_size = '1GB'").await;
+    outbox.sql("select pg_reload_conf()").await;
+    eventually("the slot is safe", || async { outbox.text(&status).await.as_deref() == Some("reserved") }).await;
+    outbox.sql("checkpoint").await;
+    link.heal();
+    consumer.wait_distinct(1).await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    outbox.insert("after").await;
+    consumer.wait_distinct(2).await;
+    assert_eq!(consumer.count(), 2, "duplicates");
+    assert_eq!(relay.metric("pgoutbox_sessions_total{end=\"postgres\"}"), 0.0, "{}", relay.log());
     relay.ready().await;
     assert_eq!(relay.stop(), 0);
 }
