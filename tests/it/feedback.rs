@@ -52,10 +52,70 @@ async fn confirms_nothing_before_the_broker_does_and_a_crash_then_loses_nothing(
     assert_eq!(relay.stop(), 0);
 }
 
+/// The process that sends to this outbox' relay.
+async fn walsender(outbox: &Outbox) -> Option<String> {
+    let sql = format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name);
+    outbox.text(&sql).await
+}
+
+/// The server asks for a reply when it has heard nothing for half of its timeout, wherever it is in the stream. A relay
+/// speaks too often to be asked, so its statuses are held back. Confirms flow: what the relay takes for settled, it tells.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
-    // A short timeout: the server asks for a reply in the middle of the transaction.
-    let mut postgres = Postgres::start(&[("wal_sender_timeout", "2s")]).unwrap();
+    const ROWS: usize = 30_000;
+    let mut postgres = Postgres::start(&[("wal_sender_timeout", "12s")]).unwrap();
+    let outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    let ledger = Ledger::new(outbox.confirmed().await);
+    let to_rabbitmq = Link::to_rabbitmq(shared_rabbitmq().port(), &ledger).await;
+    let to_postgres = Link::to_postgres(postgres.port(), &ledger).await;
+    let url = outbox.url.replace(&format!(":{}/", postgres.port()), &format!(":{}/", to_postgres.port()));
+    let amqp = through(&to_rabbitmq);
+    let slow = Toxics { bandwidth_down: Some(1 << 20), ..Toxics::default() };
+    to_postgres.set(slow.clone());
+    let relay = Relay::start_at(&url, &amqp, &outbox.name, &[]);
+    relay.ready().await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    let sender = walsender(&outbox).await;
+    // 30 MB: the server is in the middle of it for half a minute.
+    outbox
+        .sql(&format!(
+            "insert into outbox (aggregatetype, aggregateid, type, payload) \
+             select 'order', n::text, 'placed', to_jsonb(repeat('x', 800)) from generate_series(1, {ROWS}) n"
+        ))
+        .await;
+    let commit = consumer.wait_distinct(50).await[0].position.0;
+    to_postgres.set(Toxics { hold_statuses: true, ..slow.clone() });
+    // More than half of the timeout; and not all of it since the last status, which is a third of it old at most.
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    to_postgres.set(slow);
+    eventually("the relay is asked", || async { ledger.counts().keepalives_inside > 0 }).await;
+    let statuses = ledger.counts().statuses;
+    eventually("it has answered, and spoken again", || async { ledger.counts().statuses >= statuses + 2 }).await;
+    for _ in 0..20 {
+        let confirmed = outbox.confirmed().await;
+        assert!(confirmed <= commit, "{confirmed} was told in the middle of the transaction that commits at {commit}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(walsender(&outbox).await, sender, "the server took a busy relay for dead");
+    assert!(consumer.distinct() < ROWS, "the transaction was over");
+    relay.kill();
+    postgres.kill().unwrap();
+    postgres.start_again().unwrap();
+    let outbox = Outbox { client: connect(&outbox.url).await, ..outbox };
+    to_postgres.heal();
+    let relay = Relay::start_at(&url, &amqp, &outbox.name, &[]);
+    consumer.wait_distinct(ROWS).await;
+    outbox.wait_confirmed(outbox.current().await).await;
+    assert_eq!(relay.stop(), 0);
+    assert_eq!(ledger.violations(), Vec::<String>::new());
+}
+
+/// The channel is full and nothing is read; statuses go out all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_the_broker_holds_up_for_longer_than_the_server_waits_goes_on_in_its_session() {
+    const ROWS: usize = 60_000;
+    let postgres = Postgres::start(&[("wal_sender_timeout", "12s")]).unwrap();
     let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
     let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
     outbox.amqp = through(&link);
@@ -64,32 +124,23 @@ async fn a_keepalive_inside_an_open_transaction_never_moves_the_slot() {
     relay.ready().await;
     outbox.wait_confirmed(outbox.current().await).await;
     link.set(Toxics { hold_confirms: true, ..Toxics::default() });
-    let rows = 60_000;
     outbox
         .sql(&format!(
             "insert into outbox (aggregatetype, aggregateid, type, payload) \
-             select 'order', n::text, 'placed', '{{}}' from generate_series(1, {rows}) n"
+             select 'order', n::text, 'placed', '{{}}' from generate_series(1, {ROWS}) n"
         ))
         .await;
     let commit = consumer.wait_distinct(50).await[0].position.0;
-    // The stream stays open far beyond the server's timeout while the channel is full, and tells nothing new.
-    let pid =
-        outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
-    for _ in 0..40 {
+    let sender = walsender(&outbox).await;
+    for _ in 0..150 {
         assert!(outbox.confirmed().await <= commit);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let after =
-        outbox.text(&format!("select active_pid from pg_replication_slots where slot_name = '{}'", outbox.name)).await;
-    assert_eq!(pid, after, "the server took a busy relay for dead");
-    relay.kill();
-    postgres.kill().unwrap();
-    postgres.start_again().unwrap();
-    let outbox = Outbox { client: connect(&outbox.url).await, ..outbox };
+    assert_eq!(walsender(&outbox).await, sender, "the server took a busy relay for dead");
     link.heal();
-    let relay = Relay::start(&outbox);
-    consumer.wait_distinct(rows).await;
+    consumer.wait_distinct(ROWS).await;
     outbox.wait_confirmed(outbox.current().await).await;
+    assert_eq!(consumer.count(), ROWS, "duplicates");
     assert_eq!(relay.stop(), 0);
 }
 

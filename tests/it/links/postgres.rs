@@ -76,12 +76,13 @@ fn a_keepalive_is_told_outside_a_transaction_and_not_inside() {
     pass(&mut connection, Down, &keepalive(300));
     pass(&mut connection, Up, &status(300, 300));
     assert_eq!((ledger.violations(), ledger.told()), (vec![], lsn(300)));
+    assert_eq!((ledger.counts().keepalives, ledger.counts().keepalives_inside), (1, 0));
 
     let (ledger, mut connection) = stream();
     pass(&mut connection, Down, &[open(), keepalive(300)].concat());
     pass(&mut connection, Up, &status(300, 300));
     assert!(only_violation(&ledger).contains("neither the end of a commit nor"), "{:?}", ledger.violations());
-    assert_eq!(ledger.counts().keepalives, 1);
+    assert_eq!((ledger.counts().keepalives, ledger.counts().keepalives_inside), (1, 1));
 }
 
 #[test]

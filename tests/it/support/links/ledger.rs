@@ -25,6 +25,8 @@ pub(crate) struct Counts {
     pub(crate) nacks: u64,
     pub(crate) statuses: u64,
     pub(crate) keepalives: u64,
+    /// Those of them in the middle of a transaction.
+    pub(crate) keepalives_inside: u64,
     /// Those in replication mode.
     pub(crate) postgres_connections: u64,
     pub(crate) amqp_connections: u64,
@@ -142,6 +144,7 @@ impl Ledger {
     pub(crate) fn keepalive(&self, stream: &Stream, wal_end: Lsn, in_transaction: bool) {
         let mut state = self.state();
         state.counts.keepalives += 1;
+        state.counts.keepalives_inside += u64::from(in_transaction);
         if !in_transaction {
             state.highest = state.highest.max(wal_end);
             let origin = state.known.entry(wal_end).or_insert(Origin::Keepalive(stream.id));

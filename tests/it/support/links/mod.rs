@@ -185,9 +185,12 @@ async fn serve(
         let _ = client.set_zero_linger();
         return;
     };
+    // What the kernel takes for us has not gone anywhere.
     if setting.borrow().toxics.bandwidth_up.is_some() {
-        // What the kernel takes for us has not gone anywhere.
         let _ = SockRef::from(&client).set_recv_buffer_size(SLOW_BUFFER_BYTES);
+    }
+    if setting.borrow().toxics.bandwidth_down.is_some() {
+        let _ = SockRef::from(&server).set_recv_buffer_size(SLOW_BUFFER_BYTES);
     }
     let _ = client.set_nodelay(true);
     let _ = server.set_nodelay(true);
