@@ -9,9 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::Error;
+
+/// A beat that comes late is none that is missed.
+const BEATS_IN_LIMIT: u32 = 6;
 
 /// Shared by reader and publisher of one session.
 pub(super) struct Lease {
@@ -78,6 +81,17 @@ impl Lease {
         if gap > self.limit { Err(Error::Paused { gap }) } else { Ok(()) }
     }
 
+    /// Beats until the process did not run for too long, and says so. A station that waits for a peer does not beat, and is
+    /// no sign of that.
+    pub(super) async fn keep(&self) -> Error {
+        loop {
+            sleep(self.limit / BEATS_IN_LIMIT).await;
+            if let Err(error) = self.beat() {
+                return error;
+            }
+        }
+    }
+
     /// The larger of both clocks: one stands still while the machine sleeps, the other while a test has paused time.
     fn now(&self) -> u64 {
         nanos(self.began.0.elapsed().max(since_boot().saturating_sub(self.began.1)))
@@ -95,6 +109,8 @@ fn since_boot() -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -106,6 +122,13 @@ mod tests {
         lease.beat().unwrap();
         tokio::time::advance(Duration::from_secs(6)).await;
         assert!(matches!(lease.beat(), Err(Error::Paused { gap }) if gap >= Duration::from_secs(6)));
+        lease.beat().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_runs_keeps_it_however_long_its_stations_wait() {
+        let lease = Lease::new(Duration::from_secs(10));
+        assert!(timeout(Duration::from_secs(60), lease.keep()).await.is_err());
         lease.beat().unwrap();
     }
 

@@ -212,12 +212,14 @@ impl<K: Sink> Publisher<'_, K> {
     /// Waits while Postgres is silent; the reader ends the session if it stays so.
     async fn may_publish(&self) -> Result<bool, Error> {
         const LOOK_AGAIN: Duration = Duration::from_millis(20);
-        self.lease.beat()?;
-        while !self.lease.is_over() && !self.lease.is_fresh() {
-            sleep(LOOK_AGAIN).await;
+        while !self.lease.is_over() {
             self.lease.beat()?;
+            if self.lease.is_fresh() {
+                return Ok(true);
+            }
+            sleep(LOOK_AGAIN).await;
         }
-        Ok(!self.lease.is_over())
+        Ok(false)
     }
 
     /// With messages in flight their confirms are the proof; while blocked a proof is impossible and known to be.

@@ -158,8 +158,13 @@ async fn stream<S: super::Source, K: Sink>(
     let confirm_timeout = settings.confirm_timeout;
     let settler = Settler { runs: runs_out, settled: settled_in, progress, metrics, confirm_timeout };
     let stations = async {
-        let (read, published, ()) =
-            tokio::try_join!(reader.run(channel_in, &mut halted), publisher.run(), settler.run())?;
+        let stations = async { tokio::try_join!(reader.run(channel_in, &mut halted), publisher.run(), settler.run()) };
+        // Biased: who wakes up after too long sees that before anything is published.
+        let (read, published, ()) = tokio::select! {
+            biased;
+            paused = lease.keep() => return Err(paused),
+            done = stations => done?,
+        };
         first(published, read)
     };
     let result = end(stations, opened.watch, (&halt, &release), settings, stop).await;

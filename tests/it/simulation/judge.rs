@@ -196,6 +196,15 @@ fn skipped(state: &mut State, life: usize, error: &relay::Error) {
     }
 }
 
+/// A process has ended; so many of its sessions because it believed that it had stood still.
+pub(super) fn paused(world: &World, life: usize, sessions: u64) {
+    world.with(|state| {
+        if sessions > 0 && !state.lives[life].was_frozen {
+            state.accuse("a session ended as if the process had stood still");
+        }
+    });
+}
+
 /// A process is about to be killed: a relay with nothing in flight has told everything, so that nothing comes twice.
 pub(super) fn quiet(world: &World, life: usize) {
     world.with(|state| {

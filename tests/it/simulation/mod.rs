@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use futures_util::future::join;
-use pgoutbox::metrics::Metrics;
+use pgoutbox::metrics::{End, Metrics};
 use pgoutbox::outbox::{ColumnNames, Mapping};
 use pgoutbox::relay::{self, Settings};
 use tokio::sync::watch;
@@ -272,6 +272,7 @@ async fn live(world: &World) {
         }
         () = end => judge::quiet(world, life),
     }
+    judge::paused(world, life, metrics.sessions.get_or_create(&End { end: "paused" }).get());
 }
 
 /// Now and then the process does not run for a while, and the world does.
@@ -285,7 +286,7 @@ async fn freezing<T>(world: &World, life: usize, process: impl Future<Output = T
             () = sleep(awake) => {}
         }
         if world.strikes(Fault::Freeze) {
-            world.with(|state| state.lives[life].frozen = true);
+            world.with(|state| (state.lives[life].frozen, state.lives[life].was_frozen) = (true, true));
             sleep(world.pause(Duration::from_secs(20))).await;
             world.note(format!("process {life} runs again"));
         }

@@ -80,6 +80,7 @@ pub(super) struct Life {
     /// ... in a way that ends the process before it opens anything else.
     pub(super) doomed: bool,
     pub(super) frozen: bool,
+    pub(super) was_frozen: bool,
     /// The watch has told it to let go: what the stream says now is not what ends the session.
     pub(super) is_leaving: bool,
     /// This stream's goodbye has arrived.

@@ -117,15 +117,15 @@ async fn stops_before_what_the_server_cannot_send(kind_and_payload: &str) {
         .await;
     let bad_commit = witness.last_commit().await;
     let after = outbox.insert("after").await;
-    let says = ["SQLSTATE 22P05", "WIN1252", "no UTF-8: skip its transaction with pg_replication_slot_advance"];
+    let says = ["SQLSTATE 22P05", "WIN1252", "is no UTF-8, can never be sent", "skip the whole transaction with: "];
     ended(relay, ROW, &says);
     // Again, and from the first moment on.
-    stops(&outbox, ROW, &says).await;
+    let log = stops(&outbox, ROW, &says).await;
     let confirmed = outbox.confirmed().await;
     assert!(confirmed >= last_good && confirmed < bad_commit, "{last_good} <= {confirmed} < {bad_commit}");
     let ids = || consumer.received().into_iter().map(|received| received.id).collect::<Vec<_>>();
     assert_eq!(ids(), [before.as_str()]);
-    outbox.sql(&format!("select pg_replication_slot_advance('{}', '{bad_commit}')", outbox.name)).await;
+    outbox.sql(&statement(&log, "skip the whole transaction with: ")).await;
     let relay = Relay::start(&outbox);
     consumer.wait_distinct(2).await;
     assert_eq!(relay.stop(), 0);
