@@ -13,11 +13,11 @@ use super::complain;
 use crate::config::Config;
 use crate::error::Error;
 use crate::lsn::Lsn;
-use crate::outbox::{self, Assembler, HeaderValue, Item, Message, Tables};
+use crate::outbox::{self, Assembler, HeaderValue, Item, Message};
 use crate::pg::catalog::Control;
 use crate::pg::replication::{Event, Replication, Status};
-use crate::pg::world::{Names, World};
-use crate::relay;
+use crate::pg::world::Names;
+use crate::relay::{self, postgres::tables};
 use crate::sink::stdout::line;
 
 /// Well below the smallest sensible `wal_sender_timeout`.
@@ -141,14 +141,6 @@ impl Reader<'_> {
         tables.others.extend(&self.passing);
         self.assembler.set_tables(tables);
         Ok(())
-    }
-}
-
-fn tables(names: &Names, world: &World) -> Tables {
-    Tables {
-        outbox: world.table.iter().flat_map(|table| table.family.iter().copied()).collect(),
-        others: world.others().into_iter().collect(),
-        name: (names.schema.clone(), names.table.clone()),
     }
 }
 

@@ -116,10 +116,6 @@ impl Postgres {
         if findings.is_empty() { Ok(world) } else { Err(pg::Error::World(findings)) }
     }
 
-    fn tables(&self, world: &World) -> Tables {
-        tables(&self.names, world)
-    }
-
     /// Says once, ahead, what would take the slot away while nothing is wrong but the broker.
     fn warn(&mut self, world: &World) {
         if let Some(Look { what, verdict: Verdict::Note(finding) }) = idle_timeout(world) {
@@ -241,7 +237,7 @@ impl Database for Postgres {
         let late = pg::Error::Timeout { during: "starting to stream", after: START_TIMEOUT };
         let starting = replication.start(&self.names.slot, &self.names.publication, start);
         let stream = timeout(START_TIMEOUT, starting).await.unwrap_or(Err(late))?;
-        let tables = self.tables(&world);
+        let tables = tables(&self.names, &world);
         let (settings, names, server) = (self.settings.clone(), self.names.clone(), control.server().await?);
         Ok(Opened {
             source: PostgresSource { stream, server, settings, names },
@@ -321,7 +317,8 @@ impl Source for PostgresSource {
     }
 }
 
-fn tables(names: &Names, world: &World) -> Tables {
+/// Which tables are the outbox, and which are known not to be.
+pub fn tables(names: &Names, world: &World) -> Tables {
     Tables {
         outbox: world.table.iter().flat_map(|table| table.family.iter().copied()).collect(),
         others: world.others().into_iter().collect(),
