@@ -255,6 +255,11 @@ impl<S: Source> Reader<'_, S> {
     /// that waits for a synchronous standby is in the stream before the catalog shows what it made: the next session looks.
     async fn look_up(&mut self, oid: u32, name: &str, bytes: Bytes) -> Result<Option<Item>, Error> {
         let xid = self.assembler.xid().unwrap_or_default();
+        // A look takes its time, and several may follow each other: the server hears of us before each.
+        let settled = *self.settled.borrow();
+        if self.feedback.due(settled, self.silence_max) <= Instant::now() {
+            self.tell(true).await?;
+        }
         if let Some(source) = &mut self.source {
             let (tables, is_visible) = source.tables(xid).await?;
             self.assembler.set_tables(tables);
