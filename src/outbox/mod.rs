@@ -70,6 +70,18 @@ pub enum Error {
         /// Of the row's transaction.
         commit_lsn: Lsn,
     },
+    /// A row of a table that nobody can see yet: the commit that made it waits for a synchronous standby, and is in the
+    /// stream before the catalog shows it.
+    #[error(
+        "the commit of transaction {xid}, with rows of table {name}, waits for a synchronous standby, and nobody can see \
+         yet what it made"
+    )]
+    Unseen {
+        /// The table's name in the stream.
+        name: String,
+        /// The transaction's number.
+        xid: u32,
+    },
     /// The outbox table went and another took its name.
     #[error(
         "table {name} was dropped and re-created: rows of its OID {oid} follow, which is not the table's of when the stream \
@@ -102,7 +114,7 @@ impl Error {
     /// Whether a new session can help.
     pub fn retry(&self) -> Retry {
         match self {
-            Error::Decode(_) | Error::Order(_) => Retry::Later,
+            Error::Decode(_) | Error::Order(_) | Error::Unseen { .. } => Retry::Later,
             Error::UnknownTable { .. } | Error::Recreated { .. } | Error::Columns(_) | Error::Row { .. } => {
                 Retry::Never
             }

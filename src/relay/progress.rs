@@ -147,7 +147,7 @@ impl Progress {
         self.told = self.told.max(lsn);
     }
 
-    /// Someone else holds the slot, or may have held it.
+    /// Someone else holds the slot.
     pub fn contend(&mut self) {
         self.contended = true;
     }

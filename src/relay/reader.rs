@@ -264,11 +264,7 @@ impl<S: Source> Reader<'_, S> {
             let (tables, is_visible) = source.tables(xid).await?;
             self.assembler.set_tables(tables);
             if !is_visible && !self.assembler.is_outbox(oid) {
-                return Err(pg::Error::NotNow(format!(
-                    "the commit of transaction {xid}, with rows of table {name}, waits for a synchronous standby, and \
-                     nobody can see yet what it made"
-                ))
-                .into());
+                return Err(outbox::Error::Unseen { name: name.to_owned(), xid }.into());
             }
         }
         match self.assembler.change(bytes) {
@@ -314,13 +310,9 @@ impl<S: Source> Reader<'_, S> {
 }
 
 /// Whether it stands in the stream, ahead of what was read: that stays where it is, and what came before it is settled and
-/// told. `NotNow`: it will be there for a later session.
+/// told.
 fn is_ahead(error: &Error) -> bool {
-    match error {
-        Error::Outbox(_) | Error::Undecodable { .. } => error.retry() == Retry::Never,
-        Error::Postgres(cause) => error.retry() == Retry::Never || matches!(cause, pg::Error::NotNow(_)),
-        _ => false,
-    }
+    error.retry() == Retry::Never || matches!(error, Error::Outbox(outbox::Error::Unseen { .. }))
 }
 
 /// The next event; never, when the stream was let go. Cancel-safe.

@@ -96,8 +96,6 @@ pub(super) async fn run<D: Database, B: Broker>(
             progress.be_cautious(Caution { messages: common.settings.window_messages, until: Some(id.clone()) });
         }
         Err(Error::Sink(_)) => progress.be_cautious(Caution { messages: 1, until: None }),
-        // Another relay may have had the slot meanwhile.
-        Err(Error::Paused { .. }) => progress.contend(),
         // What was to be proven still is.
         _ => {}
     }
