@@ -27,7 +27,7 @@ const RUN_MESSAGES: usize = 256;
 pub(crate) fn decode(rows: &Rows) -> Cost {
     measured(|| {
         for change in &rows.changes {
-            black_box(pgoutput::decode(change.clone()).unwrap());
+            black_box(pgoutput::decode(change).unwrap());
         }
     })
 }
@@ -36,16 +36,16 @@ pub(crate) fn assemble(rows: &Rows) -> Cost {
     let mut assembler = Assembler::new(mapping(), tables());
     measured(|| {
         for change in &rows.changes {
-            black_box(assembler.change(change.clone()).unwrap());
+            black_box(assembler.change(change).unwrap());
         }
     })
 }
 
 pub(crate) fn map(rows: &Rows) -> Cost {
-    let Change::Relation(relation) = pgoutput::decode(rows.changes[0].clone()).unwrap() else { panic!("no relation") };
-    let layout = mapping().layout(&relation.columns).unwrap();
+    let Change::Relation(relation) = pgoutput::decode(&rows.changes[0]).unwrap() else { panic!("no relation") };
+    let mut layout = mapping().layout(&relation.columns).unwrap();
     // One tuple, again and again: decoding is another room's.
-    let Change::Insert(insert) = pgoutput::decode(rows.changes[2].clone()).unwrap() else { panic!("no insert") };
+    let Change::Insert(insert) = pgoutput::decode(&rows.changes[2]).unwrap() else { panic!("no insert") };
     let transaction = Transaction::new(rows.end, 800_000_000_000_000);
     measured(|| {
         for seq in 0..rows.count {
@@ -68,7 +68,7 @@ pub(crate) fn print(rows: &Rows) -> Cost {
 
 fn messages(rows: &Rows) -> Vec<Message> {
     let mut assembler = Assembler::new(mapping(), tables());
-    let items = rows.changes.iter().map(|change| assembler.change(change.clone()).unwrap());
+    let items = rows.changes.iter().map(|change| assembler.change(change).unwrap());
     let message = |item| if let Some(Item::Message(_, message)) = item { Some(message) } else { None };
     items.filter_map(message).collect()
 }

@@ -13,7 +13,7 @@ use super::complain;
 use crate::config::Config;
 use crate::error::Error;
 use crate::lsn::Lsn;
-use crate::outbox::{self, Assembler, HeaderValue, Item, Message};
+use crate::outbox::{self, Assembler, Item, Message};
 use crate::pg::catalog::Control;
 use crate::pg::replication::{Event, Replication, Status};
 use crate::pg::world::Names;
@@ -40,17 +40,12 @@ pub(super) struct Arguments {
 impl Arguments {
     /// Whether the row is asked for.
     fn wants(&self, message: &Message) -> bool {
-        let header = |name: &str| {
-            let value = message.headers.iter().find(|(header, _)| &**header == name).map(|(_, value)| value);
-            if let Some(HeaderValue::Text(text)) = value { text.to_string() } else { String::new() }
-        };
         let is_kind = self.kinds.is_empty() || self.kinds.iter().any(|kind| **kind == *message.kind);
         if !is_kind || self.aggregates.is_empty() {
             return is_kind;
         }
-        let kind = header("aggregatetype");
-        let one = format!("{kind}:{}", header("aggregateid"));
-        self.aggregates.iter().any(|wanted| *wanted == kind || *wanted == one)
+        let one = format!("{}:{}", message.aggregatetype, message.aggregateid);
+        self.aggregates.iter().any(|wanted| **wanted == *message.aggregatetype || *wanted == one)
     }
 }
 
@@ -85,7 +80,7 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
             event = stream.next() => event?,
         };
         let item = match event {
-            Event::Data(bytes) => reader.change(bytes).await?,
+            Event::Data(bytes) => reader.change(&bytes).await?,
             Event::Keepalive { wal_end, .. } => reader.assembler.keepalive(wal_end).map_err(relay::Error::from)?,
             Event::Part => None,
         };
@@ -111,9 +106,9 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    async fn change(&mut self, bytes: Bytes) -> Result<Option<Item>, Error> {
+    async fn change(&mut self, bytes: &Bytes) -> Result<Option<Item>, Error> {
         for look in 0..=LOOKS {
-            match self.assembler.change(bytes.clone()) {
+            match self.assembler.change(bytes) {
                 Err(outbox::Error::UnknownTable { .. }) if look < LOOKS => self.look(look).await?,
                 Err(outbox::Error::UnknownTable { oid, name, .. }) => {
                     let unknown = "the catalog knows it neither as the outbox nor as a table of the publication";
@@ -166,13 +161,10 @@ mod tests {
     #[test]
     fn rows_are_picked_by_type_and_aggregate() {
         let message = Message {
-            id: "1".into(),
-            destination: "order.placed".into(),
             kind: "placed".into(),
-            content_type: "text/plain",
-            committed_at: 0,
-            headers: vec![("aggregatetype".into(), "order".into()), ("aggregateid".into(), "42:a".into())],
-            body: bytes::Bytes::new(),
+            aggregatetype: "order".into(),
+            aggregateid: "42:a".into(),
+            ..Message::default()
         };
         let picked = |kinds: &[&str], aggregates: &[&str]| {
             let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();

@@ -12,13 +12,10 @@ use super::template::Template;
 use super::{Error, Position, headers};
 use crate::finding::Remedy;
 use crate::lsn::Lsn;
-use crate::pg::pgoutput::{Column, Value};
+use crate::pg::pgoutput::{Column, Tuple};
 
 /// AMQP's limit for routing key, message id and type, in bytes.
 const SHORT_BYTES_MAX: usize = 255;
-
-/// Those of a row with nothing in its optional columns.
-const OWN_HEADERS: usize = 4;
 
 /// A message may keep so many bytes more of its row alive than it is counted with: less is not worth a copy.
 const UNUSED_BYTES_MAX: usize = 4096;
@@ -71,6 +68,8 @@ pub struct Layout {
     traceparent: Option<usize>,
     tracestate: Option<usize>,
     destination: Vec<Part>,
+    /// The last row's, checked: rows of one kind come in a row, and share it.
+    last_destination: ByteString,
 }
 
 /// A part of the routing key.
@@ -132,6 +131,7 @@ impl Mapping {
                     traceparent,
                     tracestate,
                     destination,
+                    last_destination: ByteString::new(),
                 })
             }
             _ => Err(Error::Columns(search.finding())),
@@ -149,18 +149,11 @@ impl Layout {
     ///
     /// # Errors
     /// `Row` when no broker could take it, naming the row, the column and never a value but the id.
-    pub fn message(&self, tuple: &[Value], transaction: &Transaction, seq: u64) -> Result<Message, Error> {
-        let id = text(tuple, self.id, "id").and_then(|id| short(id, "id"));
+    pub fn message(&mut self, tuple: &Tuple, transaction: &Transaction, seq: u64) -> Result<Message, Error> {
         let row = Row { tuple, transaction, seq };
-        let position = Position { commit_lsn: transaction.commit_lsn, seq };
-        let named = |problem: String| Error::Row {
-            position,
-            id: id.as_ref().map_or_else(|_| "unknown".to_owned(), |id| id.escape_debug().to_string()),
-            problem,
-        };
-        let mut message = row.message(self).map_err(named)?;
-        message.id = id.clone().map_err(named)?;
-        if row.bytes() > message.bytes() + UNUSED_BYTES_MAX {
+        let message = row.destination(self).and_then(|destination| row.message(self, destination));
+        let mut message = message.map_err(|problem| row.named(self, problem))?;
+        if tuple.bytes() > UNUSED_BYTES_MAX && tuple.bytes() > message.bytes() + UNUSED_BYTES_MAX {
             message.let_go(self.payload_type != Payload::Bytes);
         }
         Ok(message)
@@ -187,68 +180,95 @@ impl Transaction {
 
 /// One row on its way to be a message.
 struct Row<'a> {
-    tuple: &'a [Value],
+    tuple: &'a Tuple,
     transaction: &'a Transaction,
     seq: u64,
 }
 
 impl Row<'_> {
-    /// Of all its columns.
-    fn bytes(&self) -> usize {
-        self.tuple.iter().map(|value| if let Value::Text(text) = value { text.len() } else { 0 }).sum()
-    }
-
-    fn message(&self, layout: &Layout) -> Result<Message, String> {
-        let (mut headers, transaction) = (Vec::with_capacity(OWN_HEADERS), self.transaction);
-        let (body, is_null) = match self.tuple.get(layout.payload) {
-            Some(Value::Text(text)) => (body(text, layout.payload_type)?, false),
-            _ => (Bytes::new(), true),
+    fn message(&self, layout: &Layout, destination: ByteString) -> Result<Message, String> {
+        let (tuple, transaction) = (self.tuple, self.transaction);
+        let (body, is_null) = match tuple.slice(layout.payload) {
+            Some(text) => (body(text, layout.payload_type)?, false),
+            None => (Bytes::new(), true),
         };
-        let mut own = |name: &'static str, value: HeaderValue| headers.push((ByteString::from_static(name), value));
-        own("aggregatetype", HeaderValue::Text(text(self.tuple, layout.aggregatetype, "aggregatetype")?));
-        own("aggregateid", HeaderValue::Text(text(self.tuple, layout.aggregateid, "aggregateid")?));
-        own("x-outbox-lsn", HeaderValue::Text(transaction.lsn.clone()));
-        own("x-outbox-seq", HeaderValue::Int(i64::try_from(self.seq).unwrap_or(i64::MAX)));
-        if is_null {
-            own("x-outbox-null", HeaderValue::Bool(true));
-        }
+        let mut headers = Vec::new();
         for (name, index) in [("traceparent", layout.traceparent), ("tracestate", layout.tracestate)] {
-            if let Some(Value::Text(_)) = index.and_then(|index| self.tuple.get(index)) {
-                own(name, HeaderValue::Text(text(self.tuple, index.unwrap_or_default(), name)?));
+            if let Some(index) = index.filter(|index| tuple.text(*index).is_some()) {
+                headers.push((ByteString::from_static(name), HeaderValue::Text(text(tuple, index, name)?)));
             }
         }
-        if let Some(Value::Text(json)) = layout.headers.and_then(|index| self.tuple.get(index)) {
+        if let Some(json) = layout.headers.and_then(|index| tuple.text(index)) {
             headers::read(json, &mut headers)?;
         }
         Ok(Message {
-            id: ByteString::new(),
-            destination: self.destination(layout)?,
-            kind: short(text(self.tuple, layout.kind, "type")?, "type")?,
+            id: self.id(layout)?,
+            destination,
+            kind: short(text(tuple, layout.kind, "type")?, "type")?,
             content_type: match layout.payload_type {
                 Payload::Json => "application/json",
                 Payload::Text => "text/plain",
                 Payload::Bytes => "application/octet-stream",
             },
             committed_at: u64::try_from(transaction.commit_time.saturating_add(EPOCH_MICROSECONDS)).unwrap_or(0),
+            aggregatetype: text(tuple, layout.aggregatetype, "aggregatetype")?,
+            aggregateid: text(tuple, layout.aggregateid, "aggregateid")?,
+            transaction: transaction.lsn.clone(),
+            seq: i64::try_from(self.seq).unwrap_or(i64::MAX),
+            is_null,
             headers,
             body,
         })
     }
 
-    fn destination(&self, layout: &Layout) -> Result<ByteString, String> {
+    fn id(&self, layout: &Layout) -> Result<ByteString, String> {
+        short(text(self.tuple, layout.id, "id")?, "id")
+    }
+
+    /// What is wrong with it, and which row it is.
+    fn named(&self, layout: &Layout, problem: String) -> Error {
+        let position = Position { commit_lsn: self.transaction.commit_lsn, seq: self.seq };
+        let id = self.id(layout).map_or_else(|_| "unknown".to_owned(), |id| id.escape_debug().to_string());
+        Error::Row { position, id, problem }
+    }
+
+    fn destination(&self, layout: &mut Layout) -> Result<ByteString, String> {
+        if !self.is_destination(layout) {
+            layout.last_destination = self.new_destination(layout)?;
+        }
+        Ok(layout.last_destination.clone())
+    }
+
+    /// Whether this row's is the last one's: byte by byte, and nothing left over.
+    fn is_destination(&self, layout: &Layout) -> bool {
+        let mut rest: &[u8] = layout.last_destination.as_bytes();
+        for part in &layout.destination {
+            let text = match part {
+                Part::Text(text) => Some(text.as_bytes()),
+                Part::Column(index, _) => self.tuple.text(*index),
+            };
+            match text.and_then(|text| rest.strip_prefix(text)) {
+                Some(left) => rest = left,
+                None => return false,
+            }
+        }
+        rest.is_empty() && !layout.last_destination.is_empty()
+    }
+
+    fn new_destination(&self, layout: &Layout) -> Result<ByteString, String> {
         // Exactly as long as it gets: then it is one allocation, and never moved.
         let bytes = |part: &Part| match part {
             Part::Text(text) => text.len(),
-            Part::Column(index, _) => match self.tuple.get(*index) {
-                Some(Value::Text(text)) => text.len(),
-                _ => 0,
-            },
+            Part::Column(index, _) => self.tuple.text(*index).map_or(0, <[u8]>::len),
         };
         let mut key = String::with_capacity(layout.destination.iter().map(bytes).sum());
         for part in &layout.destination {
             match part {
                 Part::Text(text) => key.push_str(text),
-                Part::Column(index, name) => key.push_str(&text(self.tuple, *index, name)?),
+                Part::Column(index, name) => {
+                    let bytes = self.tuple.text(*index).ok_or_else(|| null(name))?;
+                    key.push_str(std::str::from_utf8(bytes).map_err(|_| not_text(name))?);
+                }
             }
         }
         // The broker takes them, but people's tools and logs do not.
@@ -260,13 +280,17 @@ impl Row<'_> {
 }
 
 /// A column's text; a slice of what was read.
-fn text(tuple: &[Value], index: usize, name: &str) -> Result<ByteString, String> {
-    match tuple.get(index) {
-        Some(Value::Text(bytes)) => {
-            ByteString::try_from(bytes.clone()).map_err(|_| format!("column {name} is not valid UTF-8"))
-        }
-        _ => Err(format!("column {name} is NULL")),
-    }
+fn text(tuple: &Tuple, index: usize, name: &str) -> Result<ByteString, String> {
+    let bytes = tuple.slice(index).ok_or_else(|| null(name))?;
+    ByteString::try_from(bytes).map_err(|_| not_text(name))
+}
+
+fn null(name: &str) -> String {
+    format!("column {name} is NULL")
+}
+
+fn not_text(name: &str) -> String {
+    format!("column {name} is not valid UTF-8")
 }
 
 fn short(text: ByteString, name: &str) -> Result<ByteString, String> {
@@ -276,10 +300,10 @@ fn short(text: ByteString, name: &str) -> Result<ByteString, String> {
     }
 }
 
-fn body(text: &Bytes, payload: Payload) -> Result<Bytes, String> {
+fn body(text: Bytes, payload: Payload) -> Result<Bytes, String> {
     match payload {
-        Payload::Json | Payload::Text => Ok(text.clone()),
-        Payload::Bytes => unhex(text).ok_or_else(|| "column payload is not bytea in hex form".to_owned()),
+        Payload::Json | Payload::Text => Ok(text),
+        Payload::Bytes => unhex(&text).ok_or_else(|| "column payload is not bytea in hex form".to_owned()),
     }
 }
 
@@ -300,6 +324,8 @@ fn unhex(text: &[u8]) -> Option<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::outbox::Header;
+    use crate::pg::pgoutput::{Message as Change, decode};
 
     fn mapping() -> Mapping {
         Mapping {
@@ -323,19 +349,27 @@ mod tests {
         ("traceparent", 25),
     ];
 
+    type Value = Option<Vec<u8>>;
+
     fn value(text: &str) -> Value {
-        Value::Text(Bytes::copy_from_slice(text.as_bytes()))
+        Some(text.into())
     }
 
     fn row() -> Vec<Value> {
         let mut row: Vec<Value> = ["7f", "order", "42", "placed", "{\"a\": 1}"].map(value).to_vec();
-        row.extend([Value::Null, Value::Null]);
+        row.extend([None, None]);
         row
     }
 
     fn map(columns: &[(&str, u32)], row: &[Value]) -> Result<Message, Error> {
         let transaction = Transaction::new(Lsn::new(0x16_B374_D848), 1_000_000);
-        mapping().layout(&self::columns(columns))?.message(row, &transaction, 3)
+        mapping().layout(&self::columns(columns))?.message(&row.iter().cloned().collect(), &transaction, 3)
+    }
+
+    fn headers(message: &Message) -> Vec<(&str, Header<'_>)> {
+        let mut headers = Vec::new();
+        message.each_header(|name, value| headers.push((name, value)));
+        headers
     }
 
     #[test]
@@ -346,12 +380,12 @@ mod tests {
         assert_eq!(message.content_type, "application/json");
         assert_eq!(message.committed_at, 946_684_801_000_000);
         let expected = [
-            ("aggregatetype", HeaderValue::from("order")),
-            ("aggregateid", HeaderValue::from("42")),
-            ("x-outbox-lsn", HeaderValue::from("16/B374D848")),
-            ("x-outbox-seq", HeaderValue::Int(3)),
+            ("aggregatetype", Header::Text("order")),
+            ("aggregateid", Header::Text("42")),
+            ("x-outbox-lsn", Header::Text("16/B374D848")),
+            ("x-outbox-seq", Header::Int(3)),
         ];
-        assert_eq!(message.headers, expected.map(|(name, value)| (name.into(), value)));
+        assert_eq!(headers(&message), expected);
     }
 
     #[test]
@@ -374,14 +408,37 @@ mod tests {
     fn a_routing_key_may_call_columns_by_what_they_are_for() {
         let called =
             [("event_type", 25), ("aggregate_id", 25), ("aggregate_type", 25), ("number", 20), ("payload", 25)];
-        let row: Vec<Value> = ["placed", "42", "order", "9", "hello"].map(value).to_vec();
+        let row: Tuple = ["placed", "42", "order", "9", "hello"].map(Some).into_iter().collect();
         let mapping = Mapping {
             columns: ColumnNames { id: Some("number".to_owned()), ..ColumnNames::default() },
             destination: "{id}.{aggregatetype}.{aggregateid}.{type}".parse().unwrap(),
             ..mapping()
         };
-        let layout = mapping.layout(&columns(&called)).unwrap();
+        let mut layout = mapping.layout(&columns(&called)).unwrap();
         assert_eq!(layout.message(&row, &Transaction::new(Lsn::ZERO, 0), 0).unwrap().destination, "9.order.42.placed");
+    }
+
+    #[test]
+    fn a_row_has_a_routing_key_of_its_own_whatever_the_row_before_had() {
+        let mut layout = mapping().layout(&columns(&USUAL)).unwrap();
+        let mut key = |kind: Value, action: Value| {
+            let row: Tuple = [value("7f"), kind, value("42"), action, None].into_iter().collect();
+            let message = layout.message(&row, &Transaction::new(Lsn::ZERO, 0), 0);
+            message.map_err(|error| error.to_string()).map(|message| message.destination.to_string())
+        };
+        for (kind, action) in [
+            ("order", "placed"),
+            ("order", "placed"),
+            ("order", "place"),
+            ("order", "placed"),
+            ("o", "rder.placed"),
+            ("", ""),
+        ] {
+            assert_eq!(key(value(kind), value(action)), Ok(format!("{kind}.{action}")));
+        }
+        assert!(key(value("order"), None).unwrap_err().contains("column type is NULL"));
+        assert!(key(value("order"), Some(b"\xff".into())).unwrap_err().contains("type is not valid UTF-8"));
+        assert_eq!(key(value("order"), value("placed")).unwrap(), "order.placed");
     }
 
     #[test]
@@ -404,11 +461,11 @@ mod tests {
         let text_payload: Vec<(&str, u32)> =
             USUAL.iter().map(|(name, oid)| if *name == "payload" { (*name, 25) } else { (*name, *oid) }).collect();
         empty[4] = value("");
-        let null_header = ("x-outbox-null".into(), HeaderValue::Bool(true));
-        assert!(!map(&text_payload, &empty).unwrap().headers.contains(&null_header));
-        empty[4] = Value::Null;
+        let null_header = ("x-outbox-null", Header::Bool(true));
+        assert!(!headers(&map(&text_payload, &empty).unwrap()).contains(&null_header));
+        empty[4] = None;
         let message = map(&text_payload, &empty).unwrap();
-        assert!(message.body.is_empty() && message.headers.contains(&null_header));
+        assert!(message.body.is_empty() && headers(&message).contains(&null_header));
     }
 
     #[test]
@@ -431,32 +488,33 @@ mod tests {
             let mut columns = USUAL.to_vec();
             columns[4].1 = payload;
             columns.push(("document", 25));
-            let texts = ["7f", "order", "42", "placed", "\\x00ff", "{}", "00-1-2-3"].map(str::to_owned);
-            let texts = [&texts[..], &["d".repeat(100_000)]].concat();
-            let frame = Bytes::from(texts.concat());
-            let mut end = 0;
-            let slice = |text: &String| {
-                end += text.len();
-                Value::Text(frame.slice(end - text.len()..end))
-            };
-            let row: Vec<Value> = texts.iter().map(slice).collect();
-            let message = map(&columns, &row).unwrap();
-            drop(row);
+            let mut frame = vec![b'I', 0, 0, 0, 1, b'N', 0, 8];
+            let texts = ["7f", "order", "42", "placed", "\\x00ff", "{}", "00-1-2-3", &"d".repeat(100_000)];
+            for text in texts {
+                frame.push(b't');
+                frame.extend(u32::try_from(text.len()).unwrap().to_be_bytes());
+                frame.extend(text.as_bytes());
+            }
+            let frame = Bytes::from(frame);
+            let Change::Insert(insert) = decode(&frame).unwrap() else { panic!("not an insert") };
+            let mut layout = mapping().layout(&self::columns(&columns)).unwrap();
+            let message = layout.message(&insert.tuple, &Transaction::new(Lsn::ZERO, 0), 0).unwrap();
+            drop(insert);
             assert!(frame.is_unique(), "{payload}");
-            assert_eq!((&*message.id, message.headers.len(), message.body.is_empty()), ("7f", 5, false));
+            assert_eq!((&*message.id, message.headers.len(), message.body.is_empty()), ("7f", 1, false));
         }
     }
 
     #[test]
     fn a_row_that_no_broker_could_take_is_named_and_its_values_are_not() {
         let cases: [(usize, Value, &str); 7] = [
-            (1, Value::Null, "aggregatetype is NULL"),
-            (2, Value::Null, "aggregateid is NULL"),
+            (1, None, "aggregatetype is NULL"),
+            (2, None, "aggregateid is NULL"),
             (3, value(&"s3cret".repeat(50)), "routing key has"),
             (1, value("s3cret\r\n"), "control character"),
-            (1, Value::Text(Bytes::from_static(b"s3cret\xff")), "not valid UTF-8"),
+            (1, Some(b"s3cret\xff".into()), "not valid UTF-8"),
             (5, value("{\"CC\":[\"s3cret\"]}"), "reserved"),
-            (0, Value::Null, "id is NULL"),
+            (0, None, "id is NULL"),
         ];
         for (column, bad, problem) in cases {
             let mut row = row();

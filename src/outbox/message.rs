@@ -7,7 +7,7 @@ use bytes::Bytes;
 use bytestring::ByteString;
 
 /// One outbox row.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Message {
     /// The row's id: the same on every redelivery.
     pub id: ByteString,
@@ -19,7 +19,17 @@ pub struct Message {
     pub content_type: &'static str,
     /// The transaction's commit, microseconds since 1970-01-01 UTC.
     pub committed_at: u64,
-    /// In the order in which they are written; no name twice.
+    /// What the row is about, and the first of the headers that every message has.
+    pub aggregatetype: ByteString,
+    /// Which one of these.
+    pub aggregateid: ByteString,
+    /// Where its transaction stands in the total order, as text.
+    pub transaction: ByteString,
+    /// The row's number in its transaction.
+    pub seq: i64,
+    /// There was no payload, which is not an empty one.
+    pub is_null: bool,
+    /// Further headers; no name twice, and none of those above.
     pub headers: Vec<(ByteString, HeaderValue)>,
     /// The payload's bytes.
     pub body: Bytes,
@@ -44,17 +54,44 @@ pub enum HeaderValue {
     Map(Vec<(ByteString, HeaderValue)>),
 }
 
+/// What a header of a message says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Header<'a> {
+    /// A text.
+    Text(&'a str),
+    /// A whole number.
+    Int(i64),
+    /// True or false.
+    Bool(bool),
+    /// What the row's own headers said.
+    Value(&'a HeaderValue),
+}
+
 impl Message {
+    /// Shows each header, in the order in which they are written. Those that every message has are no list: it would cost
+    /// each row an allocation.
+    pub fn each_header<'a>(&'a self, mut show: impl FnMut(&'a str, Header<'a>)) {
+        show("aggregatetype", Header::Text(&self.aggregatetype));
+        show("aggregateid", Header::Text(&self.aggregateid));
+        show("x-outbox-lsn", Header::Text(&self.transaction));
+        show("x-outbox-seq", Header::Int(self.seq));
+        if self.is_null {
+            show("x-outbox-null", Header::Bool(true));
+        }
+        self.headers.iter().for_each(|(name, value)| show(name, Header::Value(value)));
+    }
+
     /// Roughly what it occupies in memory and on the wire, for limits in bytes: never less than its body.
     pub fn bytes(&self) -> usize {
         let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.bytes()).sum();
-        self.id.len() + self.destination.len() + self.kind.len() + headers + self.body.len() + OVERHEAD_BYTES
+        let texts = [&self.id, &self.destination, &self.kind, &self.aggregatetype, &self.aggregateid];
+        texts.into_iter().map(|text| text.len()).sum::<usize>() + headers + self.body.len() + OVERHEAD_BYTES
     }
 
     /// Copies what is a slice of the row it was read from: while any slice lives, all of the row's bytes do, also those of
     /// columns that no message has.
     pub(super) fn let_go(&mut self, is_body_of_row: bool) {
-        for text in [&mut self.id, &mut self.kind] {
+        for text in [&mut self.id, &mut self.kind, &mut self.aggregatetype, &mut self.aggregateid] {
             *text = ByteString::from(&**text);
         }
         for (_, value) in &mut self.headers {
@@ -68,8 +105,8 @@ impl Message {
     }
 }
 
-/// Fixed cost of a message beside its texts: the structs that hold it and the frames around it.
-const OVERHEAD_BYTES: usize = 256;
+/// Fixed cost of a message beside its texts: the structs that hold it, the frames around it, the headers that every one has.
+const OVERHEAD_BYTES: usize = 350;
 
 impl HeaderValue {
     fn bytes(&self) -> usize {
@@ -101,12 +138,13 @@ mod tests {
             id: "7f".into(),
             destination: "order".into(),
             kind: "placed".into(),
-            content_type: "text/plain",
-            committed_at: 0,
+            aggregatetype: "order".into(),
+            aggregateid: "421".into(),
             headers: vec![("text".into(), "hello".into()), ("map".into(), nested)],
             body: Bytes::from_static(b"0123456789"),
+            ..Message::default()
         };
         let headers = (4 + 5 + 5) + (3 + 5 + (1 + 3 + 5 + 9));
-        assert_eq!(message.bytes(), 2 + 5 + 6 + headers + 10 + OVERHEAD_BYTES);
+        assert_eq!(message.bytes(), 2 + 5 + 6 + 5 + 3 + headers + 10 + OVERHEAD_BYTES);
     }
 }

@@ -13,7 +13,7 @@ use std::fmt;
 
 pub use assembler::{Assembler, Tables};
 pub use mapping::{ColumnNames, Mapping};
-pub use message::{HeaderValue, Message};
+pub use message::{Header, HeaderValue, Message};
 pub use template::Template;
 
 use crate::finding::Finding;
@@ -40,6 +40,7 @@ impl fmt::Display for Position {
 
 /// What travels from Postgres to the broker, on one road.
 #[derive(Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are messages, and a box would cost each an allocation")]
 pub enum Item {
     /// One outbox row.
     Message(Position, Message),

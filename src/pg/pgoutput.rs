@@ -5,7 +5,9 @@
 //! The trap: lengths and counts come from a peer. Nothing is allocated by an announced length, every read is checked, and
 //! bytes left over are an error: a message half understood is not understood.
 
-use bytes::{Buf, Bytes};
+use std::ops::Range;
+
+use bytes::Bytes;
 
 use crate::lsn::Lsn;
 
@@ -86,17 +88,64 @@ pub struct Column {
 pub struct Insert {
     /// The table's OID.
     pub relation_id: u32,
-    /// The row, column by column.
-    pub tuple: Vec<Value>,
+    /// The row.
+    pub tuple: Tuple,
 }
 
-/// One column's value.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Value {
-    /// SQL NULL, which is not an empty text.
-    Null,
-    /// The text form, as the server sent it.
-    Text(Bytes),
+/// A row: the message it came in, and where each column's text stands there. A column becomes a slice of its own only when
+/// somebody wants it: most of the cost of a row would be slices that nobody keeps.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Tuple {
+    bytes: Bytes,
+    /// `None`: SQL NULL, which is not an empty text.
+    columns: Vec<Option<Range<usize>>>,
+}
+
+impl Tuple {
+    /// How many columns it has.
+    pub fn columns(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// How many bytes it occupies; so many stay as long as any slice of it.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// A column's text, as the server sent it; none for NULL, and where there is no such column.
+    pub fn text(&self, column: usize) -> Option<&[u8]> {
+        self.bytes.get(self.range(column)?)
+    }
+
+    /// The same as a slice that keeps the row's bytes.
+    pub fn slice(&self, column: usize) -> Option<Bytes> {
+        Some(self.bytes.slice(self.range(column)?))
+    }
+
+    fn range(&self, column: usize) -> Option<Range<usize>> {
+        self.columns.get(column)?.clone()
+    }
+}
+
+/// Of columns that come from somewhere else than a stream.
+impl<T: AsRef<[u8]>> FromIterator<Option<T>> for Tuple {
+    fn from_iter<I: IntoIterator<Item = Option<T>>>(columns: I) -> Self {
+        let mut bytes = Vec::new();
+        let columns = columns.into_iter().map(|text| {
+            let start = bytes.len();
+            bytes.extend_from_slice(text?.as_ref());
+            Some(start..bytes.len())
+        });
+        let columns = columns.collect();
+        Self { bytes: bytes.into(), columns }
+    }
+}
+
+/// Never what is in it.
+impl std::fmt::Debug for Tuple {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tuple").field("columns", &self.columns.len()).field("bytes", &self.bytes.len()).finish()
+    }
 }
 
 /// Bytes that are not a message of protocol version 1.
@@ -129,9 +178,9 @@ pub enum Error {
     Unknown(u8),
 }
 
-/// Decodes one message. Values are slices of `bytes`, not copies.
-pub fn decode(bytes: Bytes) -> Result<Message, Error> {
-    let mut reader = Reader { kind: ' ', rest: bytes };
+/// Decodes one message. A row's texts stay where they are in `bytes`.
+pub fn decode(bytes: &Bytes) -> Result<Message, Error> {
+    let mut reader = Reader { kind: ' ', bytes, at: 0 };
     let kind = reader.u8()?;
     reader.kind = char::from(kind);
     let message = match kind {
@@ -147,19 +196,20 @@ pub fn decode(bytes: Bytes) -> Result<Message, Error> {
         b'M' => reader.skip(Message::Logical),
         other => return Err(Error::Unknown(other)),
     };
-    match reader.rest.len() {
+    match reader.rest().len() {
         0 => Ok(message),
         bytes => Err(Error::Overlong { kind: reader.kind, bytes }),
     }
 }
 
-/// What is left of a message, and whose it is.
-struct Reader {
+/// Where in a message we are, and whose it is.
+struct Reader<'a> {
     kind: char,
-    rest: Bytes,
+    bytes: &'a Bytes,
+    at: usize,
 }
 
-impl Reader {
+impl<'a> Reader<'a> {
     fn begin(&mut self) -> Result<Begin, Error> {
         Ok(Begin { final_lsn: self.lsn()?, commit_time: self.i64()?, xid: self.u32()? })
     }
@@ -195,19 +245,21 @@ impl Reader {
             return Err(self.invalid("a row that is not marked new"));
         }
         let count = self.column_count()?;
-        let mut tuple = Vec::with_capacity(count);
+        let mut columns = Vec::with_capacity(count);
         for _ in 0..count {
-            tuple.push(self.value()?);
+            columns.push(self.value()?);
         }
-        Ok(Insert { relation_id, tuple })
+        Ok(Insert { relation_id, tuple: Tuple { bytes: self.bytes.clone(), columns } })
     }
 
-    fn value(&mut self) -> Result<Value, Error> {
+    fn value(&mut self) -> Result<Option<Range<usize>>, Error> {
         match self.u8()? {
-            b'n' => Ok(Value::Null),
+            b'n' => Ok(None),
             b't' => {
                 let length = self.u32()? as usize;
-                Ok(Value::Text(self.bytes(length)?))
+                let start = self.at;
+                self.take(length)?;
+                Ok(Some(start..self.at))
             }
             // `u` stands only in updates; `b` only when asked for.
             _ => Err(self.invalid("a column value of unknown kind")),
@@ -216,43 +268,52 @@ impl Reader {
 
     /// Passes over a message whose content means nothing to an outbox.
     fn skip(&mut self, message: Message) -> Message {
-        self.rest.clear();
+        self.at = self.bytes.len();
         message
     }
 
     fn column_count(&mut self) -> Result<usize, Error> {
-        let count = usize::from(self.rest.try_get_u16().map_err(|_| self.truncated())?);
+        let count = usize::from(u16::from_be_bytes(self.array()?));
         if count > COLUMNS_MAX { Err(self.invalid("more columns than a table can have")) } else { Ok(count) }
     }
 
     fn string(&mut self) -> Result<String, Error> {
-        let end = self.rest.iter().position(|byte| *byte == 0).ok_or_else(|| self.truncated())?;
-        let text = self.rest.split_to(end);
-        self.rest.advance(1);
-        String::from_utf8(text.into()).map_err(|_| self.invalid("a name that is not UTF-8"))
-    }
-
-    fn bytes(&mut self, length: usize) -> Result<Bytes, Error> {
-        if length > self.rest.len() {
-            return Err(self.truncated());
-        }
-        Ok(self.rest.split_to(length))
+        let length = self.rest().iter().position(|byte| *byte == 0).ok_or_else(|| self.truncated())?;
+        let text = self.take(length)?.to_vec();
+        self.at += 1;
+        String::from_utf8(text).map_err(|_| self.invalid("a name that is not UTF-8"))
     }
 
     fn lsn(&mut self) -> Result<Lsn, Error> {
-        Ok(Lsn::new(self.rest.try_get_u64().map_err(|_| self.truncated())?))
+        Ok(Lsn::new(u64::from_be_bytes(self.array()?)))
     }
 
     fn i64(&mut self) -> Result<i64, Error> {
-        self.rest.try_get_i64().map_err(|_| self.truncated())
+        Ok(i64::from_be_bytes(self.array()?))
     }
 
     fn u32(&mut self) -> Result<u32, Error> {
-        self.rest.try_get_u32().map_err(|_| self.truncated())
+        Ok(u32::from_be_bytes(self.array()?))
     }
 
     fn u8(&mut self) -> Result<u8, Error> {
-        self.rest.try_get_u8().map_err(|_| self.truncated())
+        Ok(u8::from_be_bytes(self.array()?))
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
+        let array = self.rest().first_chunk().copied().ok_or_else(|| self.truncated())?;
+        self.at += N;
+        Ok(array)
+    }
+
+    fn take(&mut self, length: usize) -> Result<&'a [u8], Error> {
+        let bytes = self.rest().get(..length).ok_or_else(|| self.truncated())?;
+        self.at += length;
+        Ok(bytes)
+    }
+
+    fn rest(&self) -> &'a [u8] {
+        self.bytes.get(self.at..).unwrap_or_default()
     }
 
     fn truncated(&self) -> Error {
@@ -287,21 +348,24 @@ mod tests {
     #[test]
     fn tells_null_from_empty_and_keeps_bytes_that_are_not_text() {
         let bytes = insert_of(&[None, Some(b""), Some(&[0xff, 0xfe])]);
-        let Message::Insert(insert) = decode(bytes.into()).unwrap() else { panic!("not an insert") };
+        let Message::Insert(insert) = decode(&bytes.into()).unwrap() else { panic!("not an insert") };
         assert_eq!(insert.relation_id, 9);
-        let expected = [Value::Null, Value::Text(Bytes::new()), Value::Text(Bytes::from_static(&[0xff, 0xfe]))];
-        assert_eq!(insert.tuple, expected);
+        for (column, expected) in [None, Some(&b""[..]), Some(&[0xff, 0xfe]), None].into_iter().enumerate() {
+            assert_eq!(insert.tuple.text(column), expected);
+            assert_eq!(insert.tuple.slice(column).as_deref(), expected);
+        }
+        assert_eq!(insert.tuple.columns(), 3);
     }
 
     #[test]
     fn every_prefix_of_a_message_is_an_error_and_so_is_every_tail() {
         let whole = insert_of(&[Some(b"abc"), None]);
         for length in 0..whole.len() {
-            assert!(decode(Bytes::copy_from_slice(&whole[..length])).is_err(), "{length} bytes");
+            assert!(decode(&Bytes::copy_from_slice(&whole[..length])).is_err(), "{length} bytes");
         }
         let mut longer = whole.clone();
         longer.push(0);
-        assert_eq!(decode(longer.into()), Err(Error::Overlong { kind: 'I', bytes: 1 }));
+        assert_eq!(decode(&longer.into()), Err(Error::Overlong { kind: 'I', bytes: 1 }));
     }
 
     #[test]
@@ -310,23 +374,23 @@ mod tests {
         bytes[6..8].copy_from_slice(&1u16.to_be_bytes());
         bytes.push(b't');
         bytes.extend(u32::MAX.to_be_bytes());
-        assert_eq!(decode(bytes.into()), Err(Error::Truncated { kind: 'I' }));
+        assert_eq!(decode(&bytes.into()), Err(Error::Truncated { kind: 'I' }));
         let mut columns = insert_of(&[]);
         columns[6..8].copy_from_slice(&u16::MAX.to_be_bytes());
-        assert!(matches!(decode(columns.into()), Err(Error::Invalid { .. })));
+        assert!(matches!(decode(&columns.into()), Err(Error::Invalid { .. })));
     }
 
     #[test]
     fn an_unchanged_toast_value_in_an_insert_is_an_error() {
         let mut bytes = insert_of(&[None]);
         *bytes.last_mut().unwrap() = b'u';
-        assert!(matches!(decode(bytes.into()), Err(Error::Invalid { .. })));
+        assert!(matches!(decode(&bytes.into()), Err(Error::Invalid { .. })));
     }
 
     #[test]
     fn messages_of_streamed_and_prepared_transactions_are_unknown() {
         for kind in *b"SEcAbPKrp\0" {
-            assert_eq!(decode(Bytes::copy_from_slice(&[kind])), Err(Error::Unknown(kind)));
+            assert_eq!(decode(&Bytes::copy_from_slice(&[kind])), Err(Error::Unknown(kind)));
         }
     }
 
@@ -340,7 +404,7 @@ mod tests {
             if let Some(first) = bytes.first_mut() {
                 *first = *random.choice(b"BCORYIUDTM").unwrap();
             }
-            let _ = decode(bytes.into());
+            let _ = decode(&bytes.into());
         }
     }
 }

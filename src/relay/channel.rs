@@ -125,7 +125,6 @@ impl Receiver {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use bytestring::ByteString;
     use futures_util::FutureExt;
 
     use super::*;
@@ -133,15 +132,7 @@ mod tests {
     use crate::outbox::{Message, Position};
 
     fn message(body: usize) -> Item {
-        let message = Message {
-            id: ByteString::new(),
-            destination: ByteString::new(),
-            kind: ByteString::new(),
-            content_type: "",
-            committed_at: 0,
-            headers: Vec::new(),
-            body: Bytes::from(vec![0; body]),
-        };
+        let message = Message { body: Bytes::from(vec![0; body]), ..Message::default() };
         Item::Message(Position { commit_lsn: Lsn::ZERO, seq: 0 }, message)
     }
 

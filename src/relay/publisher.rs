@@ -76,10 +76,10 @@ impl Run {
         }
     }
 
-    fn add(&mut self, position: Position, message: Message) {
+    fn add(&mut self, position: Position, message: Message, bytes: usize) {
         self.positions.push(position);
         self.committed_at.push(message.committed_at);
-        self.bytes += message.bytes();
+        self.bytes += bytes;
         self.messages.push(message);
     }
 }
@@ -104,8 +104,9 @@ impl<K: Sink> Publisher<'_, K> {
                     if let Err(error) = self.sink.admit(&message) {
                         return Ok(Some(at(position, error)));
                     }
-                    run.shares.push(self.window.take(self.window.with(Need::default(), &message)).await);
-                    run.add(position, message);
+                    let bytes = message.bytes();
+                    run.shares.push(self.window.take(self.window.with(Need::default(), bytes)).await);
+                    run.add(position, message, bytes);
                 }
             }
             if !self.is_cautious() {
@@ -145,10 +146,11 @@ impl<K: Sink> Publisher<'_, K> {
                 None => break,
                 Some(Item::Checkpoint(lsn)) => run.checkpoint = Some(lsn),
                 Some(Item::Message(position, message)) => {
-                    let more = self.window.with(need, &message);
+                    let bytes = message.bytes();
+                    let more = self.window.with(need, bytes);
                     if more.fits(room) && self.sink.admit(&message).is_ok() {
                         need = more;
-                        run.add(position, message);
+                        run.add(position, message, bytes);
                     } else {
                         left = Some(Item::Message(position, message));
                     }

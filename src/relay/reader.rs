@@ -231,8 +231,8 @@ impl<S: Source> Reader<'_, S> {
 
     async fn item(&mut self, event: Event) -> Result<Option<Item>, Error> {
         let item = match event {
-            Event::Data(bytes) => match self.assembler.change(bytes.clone()) {
-                Err(outbox::Error::UnknownTable { oid, name, .. }) => self.look_up(oid, &name, bytes).await?,
+            Event::Data(bytes) => match self.assembler.change(&bytes) {
+                Err(outbox::Error::UnknownTable { oid, name, .. }) => self.look_up(oid, &name, &bytes).await?,
                 item => item?,
             },
             Event::Keepalive { wal_end, reply_requested } => {
@@ -253,7 +253,7 @@ impl<S: Source> Reader<'_, S> {
 
     /// A row of a partition that came after the stream began, or of a table that is gone: the catalog knows. But a commit
     /// that waits for a synchronous standby is in the stream before the catalog shows what it made: the next session looks.
-    async fn look_up(&mut self, oid: u32, name: &str, bytes: Bytes) -> Result<Option<Item>, Error> {
+    async fn look_up(&mut self, oid: u32, name: &str, bytes: &Bytes) -> Result<Option<Item>, Error> {
         let xid = self.assembler.xid().unwrap_or_default();
         // A look takes its time, and several may follow each other: the server hears of us before each.
         let settled = *self.settled.borrow();

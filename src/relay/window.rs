@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use super::Settings;
 use super::sizing::Sizing;
 use crate::metrics::Metrics;
-use crate::outbox::Message;
 
 /// A run takes at most this part of the window: confirms then make room for the next while the others are on their way.
 const RUNS_IN_WINDOW: u32 = 4;
@@ -85,9 +84,9 @@ impl Window {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// With one message more; one that is larger than the window has all of it.
-    pub(super) fn with(&self, need: Need, message: &Message) -> Need {
-        let bytes = u32::try_from(message.bytes()).unwrap_or(u32::MAX).min(self.bytes_max);
+    /// With one message of so many bytes more; one that is larger than the window has all of it.
+    pub(super) fn with(&self, need: Need, message_bytes: usize) -> Need {
+        let bytes = u32::try_from(message_bytes).unwrap_or(u32::MAX).min(self.bytes_max);
         Need { messages: need.messages.saturating_add(1), bytes: need.bytes.saturating_add(bytes) }
     }
 

@@ -29,8 +29,8 @@ fn message(id: String, destination: &str) -> Message {
         kind: "placed".into(),
         content_type: "application/json",
         committed_at: 1_000_000,
-        headers: Vec::new(),
         body: Bytes::from_static(b"{}"),
+        ..Message::default()
     }
 }
 

@@ -11,7 +11,7 @@ use crate::outbox;
 use crate::outbox::mapping::Transaction;
 use crate::pg::advice::{begin_anew, not_looked};
 use crate::pg::catalog::Control;
-use crate::pg::pgoutput::{Column, Value};
+use crate::pg::pgoutput::{Column, Tuple};
 use crate::pg::replication::Replication;
 use crate::pg::world::{World, identifier};
 use crate::pg::{self, Sampled};
@@ -73,7 +73,7 @@ async fn rows(config: &Config, control: &Control, world: &World) -> (Vec<Look>, 
     let column = |(name, type_id): &(String, u32)| Column { name: name.clone(), type_id: *type_id };
     let layout = config.mapping.layout(&columns.iter().map(column).collect::<Vec<_>>());
     // Without a table, or one that is none, that was said.
-    let (Some(table), Ok(layout)) = (&world.table, layout) else { return (Vec::new(), Vec::new()) };
+    let (Some(table), Ok(mut layout)) = (&world.table, layout) else { return (Vec::new(), Vec::new()) };
     let rows = match control.last_rows(table, &columns, layout.payload()).await {
         Ok(rows) => rows,
         Err(error) => return (vec![unreadable(what, &error, config, control).await], Vec::new()),
@@ -99,9 +99,8 @@ async fn rows(config: &Config, control: &Control, world: &World) -> (Vec<Look>, 
     (looks, samples)
 }
 
-fn values(row: &Sampled) -> Vec<Value> {
-    let value = |value: &Option<String>| value.as_ref().map_or(Value::Null, |text| Value::Text(text.clone().into()));
-    row.values.iter().map(value).collect()
+fn values(row: &Sampled) -> Tuple {
+    row.values.iter().map(Option::as_ref).collect()
 }
 
 /// A relay reads no table, so it need not be allowed to.

@@ -205,10 +205,10 @@ impl Task {
     fn obey(&mut self, command: Command) {
         let output = &mut self.link.output;
         match command {
-            Command::Publish(run) => {
-                for message in run {
-                    wire::publish(output, &self.account.exchange, &message, self.link.frame_max);
-                    self.ledger.publish(message.id, output.end());
+            Command::Publish(mut run) => {
+                for message in &mut run {
+                    wire::publish(output, &self.account.exchange, message, self.link.frame_max);
+                    self.ledger.publish(std::mem::take(&mut message.id), output.end());
                 }
                 self.run_ends.push_back(self.ledger.published());
             }
@@ -344,9 +344,8 @@ mod tests {
             destination: "key".into(),
             kind: "kind".into(),
             content_type: "text/plain",
-            committed_at: 0,
-            headers: Vec::new(),
             body: Bytes::from(vec![b'x'; body]),
+            ..Message::default()
         }
     }
 

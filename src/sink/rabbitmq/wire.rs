@@ -9,7 +9,7 @@ use bytestring::ByteString;
 
 use super::frames::FRAME_OVERHEAD;
 use super::link::Output;
-use crate::outbox::{HeaderValue, Message};
+use crate::outbox::{Header, HeaderValue, Message};
 
 /// AMQP 0-9-1 section 4.2.2.
 pub(super) const PROTOCOL_HEADER: &[u8] = b"AMQP\x00\x00\x09\x01";
@@ -59,7 +59,8 @@ pub(super) fn short_fits(text: &str) -> bool {
 }
 
 fn long(out: &mut BytesMut, bytes: &[u8]) {
-    sized(out, |out| out.put_slice(bytes));
+    out.put_u32(u32::try_from(bytes.len()).expect("frames are smaller than 4 GiB"));
+    out.put_slice(bytes);
 }
 
 fn method(out: &mut BytesMut, channel: u16, class: u16, method: u16, arguments: impl FnOnce(&mut BytesMut)) {
@@ -253,7 +254,12 @@ fn properties(out: &mut BytesMut, message: &Message) {
     const PERSISTENT: u8 = 2;
     out.put_u16(PROPERTY_FLAGS);
     short(out, message.content_type);
-    table(out, &message.headers);
+    sized(out, |out| {
+        message.each_header(|name, value| {
+            short(out, name);
+            header(out, value);
+        });
+    });
     out.put_u8(PERSISTENT);
     short(out, &message.id);
     out.put_u64(message.committed_at / 1_000_000);
@@ -270,23 +276,40 @@ fn table(out: &mut BytesMut, fields: &[(ByteString, HeaderValue)]) {
     });
 }
 
+fn header(out: &mut BytesMut, value: Header<'_>) {
+    match value {
+        Header::Text(text) => text_field(out, text),
+        Header::Int(value) => int_field(out, value),
+        Header::Bool(value) => bool_field(out, value),
+        Header::Value(value) => field(out, value),
+    }
+}
+
+fn text_field(out: &mut BytesMut, text: &str) {
+    out.put_u8(b'S');
+    long(out, text.as_bytes());
+}
+
+fn int_field(out: &mut BytesMut, value: i64) {
+    out.put_u8(b'l');
+    out.put_i64(value);
+}
+
+fn bool_field(out: &mut BytesMut, value: bool) {
+    out.put_slice(&[b't', u8::from(value)]);
+}
+
 /// RabbitMQ's types, which differ from the specification's.
 fn field(out: &mut BytesMut, value: &HeaderValue) {
     match value {
         HeaderValue::Null => out.put_u8(b'V'),
-        HeaderValue::Bool(value) => out.put_slice(&[b't', u8::from(*value)]),
-        HeaderValue::Int(value) => {
-            out.put_u8(b'l');
-            out.put_i64(*value);
-        }
+        HeaderValue::Bool(value) => bool_field(out, *value),
+        HeaderValue::Int(value) => int_field(out, *value),
         HeaderValue::Float(value) => {
             out.put_u8(b'd');
             out.put_f64(*value);
         }
-        HeaderValue::Text(text) => {
-            out.put_u8(b'S');
-            long(out, text.as_bytes());
-        }
+        HeaderValue::Text(text) => text_field(out, text),
         HeaderValue::List(values) => {
             out.put_u8(b'A');
             sized(out, |out| values.iter().for_each(|value| field(out, value)));
@@ -303,11 +326,19 @@ pub(super) fn header_bytes(message: &Message) -> Result<usize, &str> {
     // Class, weight, body size and flags; delivery mode and timestamp.
     const FIXED: usize = 14 + 9;
     let texts = [message.content_type, &message.id, &message.kind, APP_ID];
-    let mut bytes = FIXED + table_bytes(&message.headers)?;
-    for text in texts {
-        bytes += short_bytes(text)?;
-    }
-    Ok(bytes)
+    let mut bytes = Ok(FIXED + 4);
+    let mut add = |more: Result<usize, _>| bytes = bytes.and_then(|bytes| Ok(bytes + more?));
+    message.each_header(|name, value| {
+        add(short_bytes(name));
+        add(match value {
+            Header::Text(text) => Ok(1 + 4 + text.len()),
+            Header::Int(_) => Ok(1 + 8),
+            Header::Bool(_) => Ok(1 + 1),
+            Header::Value(value) => field_bytes(value),
+        });
+    });
+    texts.into_iter().for_each(|text| add(short_bytes(text)));
+    bytes
 }
 
 fn short_bytes(text: &str) -> Result<usize, &str> {
@@ -378,6 +409,11 @@ mod tests {
             kind: ByteString::new(),
             content_type: "text/plain",
             committed_at: 1_700_000_000_999_999,
+            aggregatetype: "order".into(),
+            aggregateid: "4".repeat(1000).into(),
+            transaction: "16/B374D848".into(),
+            seq: i64::MAX,
+            is_null: true,
             headers: vec![
                 ("null".into(), HeaderValue::Null),
                 ("int".into(), HeaderValue::Int(i64::MIN)),
@@ -420,6 +456,11 @@ mod tests {
             assert_eq!(properties.app_id().as_ref().unwrap().as_str(), "pgoutbox");
             assert_eq!(properties.kind().as_ref().unwrap().as_str(), "");
             let table = properties.headers().as_ref().unwrap().inner();
+            assert_eq!(table["aggregatetype"], AMQPValue::LongString("order".into()));
+            assert_eq!(table["aggregateid"], AMQPValue::LongString("4".repeat(1000).into()));
+            assert_eq!(table["x-outbox-lsn"], AMQPValue::LongString("16/B374D848".into()));
+            assert_eq!(table["x-outbox-seq"], AMQPValue::LongLongInt(i64::MAX));
+            assert_eq!(table["x-outbox-null"], AMQPValue::Boolean(true));
             assert_eq!(table["null"], AMQPValue::Void);
             assert_eq!(table["int"], AMQPValue::LongLongInt(i64::MIN));
             assert_eq!(table["float"], AMQPValue::Double(-0.5));

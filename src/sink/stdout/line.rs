@@ -7,7 +7,7 @@ use std::io::Write;
 
 use bytestring::ByteString;
 
-use crate::outbox::{HeaderValue, Message};
+use crate::outbox::{Header, HeaderValue, Message};
 
 /// Appends the message as one line of JSON. A JSON payload stands as it is, other text as a string, bytes in hex.
 pub fn line(message: &Message, out: &mut Vec<u8>) {
@@ -22,15 +22,14 @@ pub fn line(message: &Message, out: &mut Vec<u8>) {
     out.extend(b",\"content_type\":");
     text(message.content_type, out);
     out.extend(b",\"headers\":");
-    object(&message.headers, out);
+    headers(message, out);
     payload(message, out);
     out.extend(b"}\n");
 }
 
 fn payload(message: &Message, out: &mut Vec<u8>) {
-    let is_null = message.headers.iter().any(|(name, _)| name == "x-outbox-null");
     match message.content_type {
-        _ if is_null => out.extend(b",\"payload\":null"),
+        _ if message.is_null => out.extend(b",\"payload\":null"),
         // Line feeds of a json payload are white space: JSON texts hold none inside.
         "application/json" => {
             out.extend(b",\"payload\":");
@@ -46,6 +45,22 @@ fn payload(message: &Message, out: &mut Vec<u8>) {
             out.push(b'"');
         }
     }
+}
+
+fn headers(message: &Message, out: &mut Vec<u8>) {
+    let mut before = b'{';
+    message.each_header(|name, header| {
+        out.push(std::mem::replace(&mut before, b','));
+        text(name, out);
+        out.push(b':');
+        match header {
+            Header::Text(value) => text(value, out),
+            Header::Int(value) => print(value, out),
+            Header::Bool(value) => print(value, out),
+            Header::Value(header) => value(header, out),
+        }
+    });
+    out.push(b'}');
 }
 
 fn object(fields: &[(ByteString, HeaderValue)], out: &mut Vec<u8>) {
@@ -110,19 +125,20 @@ mod tests {
             kind: "placed".into(),
             content_type: "application/json",
             committed_at: 1_000_000,
-            headers: vec![
-                ("x-outbox-seq".into(), HeaderValue::Int(3)),
-                ("half".into(), HeaderValue::Float(0.5)),
-                ("nested".into(), nested),
-            ],
+            aggregatetype: "order".into(),
+            aggregateid: "4\t2".into(),
+            transaction: "0/1".into(),
+            seq: 3,
+            headers: vec![("half".into(), HeaderValue::Float(0.5)), ("nested".into(), nested)],
             body: Bytes::from_static(b"{\"a\":\n 1}"),
+            ..Message::default()
         };
         let mut out = Vec::new();
         line(&message, &mut out);
         message.content_type = "application/octet-stream";
         message.body = Bytes::from_static(&[0, 255]);
         line(&message, &mut out);
-        message.headers.push(("x-outbox-null".into(), HeaderValue::Bool(true)));
+        message.is_null = true;
         line(&message, &mut out);
         let text = String::from_utf8(out).unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -130,7 +146,10 @@ mod tests {
         assert_eq!((&lines[0]["id"], &lines[0]["payload"]["a"]), (&"7\"f".into(), &1.into()));
         assert_eq!(lines[0]["committed_at_us"], 1_000_000);
         let nested = serde_json::json!({ "list": [null, true, "a\nb"], "none": {} });
-        assert_eq!(lines[0]["headers"], serde_json::json!({ "x-outbox-seq": 3, "half": 0.5, "nested": nested }));
+        let own = serde_json::json!({ "aggregatetype": "order", "aggregateid": "4\t2", "x-outbox-lsn": "0/1",
+            "x-outbox-seq": 3, "half": 0.5, "nested": nested });
+        assert_eq!(lines[0]["headers"], own);
+        assert_eq!(lines[2]["headers"]["x-outbox-null"], true);
         assert_eq!(lines[1]["payload_hex"], "00ff");
         assert_eq!(lines[2]["payload"], serde_json::Value::Null);
     }

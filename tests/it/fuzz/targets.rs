@@ -11,7 +11,7 @@ use pgoutbox::lsn::Lsn;
 use pgoutbox::outbox::{Assembler, ColumnNames, Item, Mapping, Position, Tables, Template, headers};
 use pgoutbox::pg::Settings;
 use pgoutbox::pg::connection::{FRAME_BYTES_MAX, Frame, take_frame};
-use pgoutbox::pg::pgoutput::{self, Message, Value};
+use pgoutbox::pg::pgoutput::{self, Message};
 use pgoutbox::pg::replication::{self, Event, Notices};
 use pgoutbox::sink::rabbitmq::{Address, Files};
 
@@ -32,18 +32,19 @@ pub(super) const ALL: [(&str, Target); 8] = [
 
 /// One message of the stream. Nothing is longer than the bytes it came in.
 pub(super) fn pgoutput(data: &[u8]) {
-    let Ok(message) = pgoutput::decode(Bytes::copy_from_slice(data)) else { return };
+    let Ok(message) = pgoutput::decode(&Bytes::copy_from_slice(data)) else { return };
     match message {
         Message::Insert(insert) => {
-            let length = |value: &Value| if let Value::Text(text) = value { text.len() } else { 0 };
-            assert!(insert.tuple.len() + insert.tuple.iter().map(length).sum::<usize>() <= data.len());
+            let row = &insert.tuple;
+            let length = |column| row.text(column).map_or(0, <[u8]>::len);
+            assert!(row.columns() + (0..row.columns()).map(length).sum::<usize>() <= data.len());
         }
         Message::Relation(relation) => assert!(relation.columns.len() * 10 <= data.len()),
         _ => return,
     }
     // A message half understood is not understood.
-    assert!(pgoutput::decode(Bytes::copy_from_slice(&data[..data.len() - 1])).is_err());
-    assert!(pgoutput::decode([data, b"\0"].concat().into()).is_err());
+    assert!(pgoutput::decode(&Bytes::copy_from_slice(&data[..data.len() - 1])).is_err());
+    assert!(pgoutput::decode(&[data, b"\0"].concat().into()).is_err());
 }
 
 /// A connection's bytes. However they are cut into packets, the frames are the same.
@@ -97,20 +98,20 @@ pub(super) fn assembler(data: &[u8]) {
             0 => assembler.keepalive(Lsn::new(input.number())),
             1 => {
                 begun += u64::from(input.byte());
-                assembler.change([b"B", &begun.to_be_bytes()[..], &[0; 12]].concat().into())
+                assembler.change(&[b"B", &begun.to_be_bytes()[..], &[0; 12]].concat().into())
             }
             2 => {
                 let end = begun + u64::from(input.byte());
                 let lsns = [begun.to_be_bytes(), end.to_be_bytes()].concat();
                 begun = end;
-                assembler.change([b"C\0", &lsns[..], &[0; 8]].concat().into())
+                assembler.change(&[b"C\0", &lsns[..], &[0; 8]].concat().into())
             }
-            3 => assembler.change(relation().into()),
+            3 => assembler.change(&relation().into()),
             4 | 5 => {
                 let values: Vec<&[u8]> = COLUMNS.iter().map(|_| input.short()).collect();
-                assembler.change(row(&values).into())
+                assembler.change(&row(&values).into())
             }
-            _ => assembler.change(Bytes::copy_from_slice(input.short())),
+            _ => assembler.change(&Bytes::copy_from_slice(input.short())),
         };
         match item {
             Ok(Some(Item::Checkpoint(lsn))) => {
