@@ -3,7 +3,8 @@
 //! The traps. A reader that went away is an error here, never a reason to go on as if someone had read. And a disk that is
 //! full in the middle of a line is an error as well, after which nobody knows how much the standard library has written:
 //! what comes next would stand on the same line, and be lost to who reads lines. So it is written without a buffer, and
-//! counted.
+//! counted. A write that waits for its reader cannot be called off: it outlives its session, and the next session waits
+//! for it, or each would leave another thread with another run behind.
 
 mod line;
 
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::unistd::write;
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
 pub use self::line::line;
@@ -20,6 +22,9 @@ use crate::outbox::Message;
 
 /// Whether what was written ends in the middle of a line: as long as the process lives, whatever session wrote it.
 static IS_TORN: AtomicBool = AtomicBool::new(false);
+
+/// One run at a time, whatever session it is of.
+static WRITING: Semaphore = Semaphore::const_new(1);
 
 /// Standard output.
 #[derive(Debug)]
@@ -34,13 +39,20 @@ impl Stdout {
 
 impl Sink for Stdout {
     async fn publish(&mut self, run: Vec<Message>) -> Result<Receipt, Error> {
+        // What a session that is gone still has to write comes first.
+        let turn = WRITING.acquire().await.map_err(|error| failure(&io::Error::other(error)))?;
         let mut lines = Vec::new();
         for message in &run {
             line(message, &mut lines);
         }
         // A reader may pause for as long as it likes.
-        let written =
-            spawn_blocking(move || write_lines(&lines)).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let writing = spawn_blocking(move || {
+            let written = write_lines(&lines);
+            // Only now: nobody may wait for it any more.
+            drop(turn);
+            written
+        });
+        let written = writing.await.unwrap_or_else(|error| Err(io::Error::other(error)));
         written.map_err(|error| failure(&error))?;
         Ok(Receipt::new(std::future::ready(Ok(()))))
     }
@@ -57,7 +69,6 @@ impl Sink for Stdout {
 
 /// Writes all of it, on a line of its own.
 fn write_lines(lines: &[u8]) -> io::Result<()> {
-    // One at a time: what a session that is gone still has to write comes first.
     let stdout = io::stdout().lock();
     let end: &[u8] = if IS_TORN.load(Ordering::Relaxed) { b"\n" } else { b"" };
     for mut rest in [end, lines] {

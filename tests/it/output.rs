@@ -226,3 +226,40 @@ async fn a_standard_output_that_is_never_read_does_not_hold_up_the_end() {
     reader.read_exact(&mut [0; 10]).unwrap();
     assert_eq!(relay.stop_within(Duration::from_secs(15)), 0);
 }
+
+/// Five rows, each larger than what a pipe or a socket holds.
+const LARGE: &str = "insert into outbox (aggregatetype, aggregateid, type, payload) \
+                     select 'order', '1', 'large', to_jsonb(repeat('x', 1000000)) from generate_series(1, 5)";
+
+fn takes_more(file: &impl AsFd) -> bool {
+    poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO).unwrap() > 0
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_that_end_while_standard_output_is_not_read_leave_no_thread_behind() {
+    let outbox = outbox().await;
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let way = to_stdout(writer.try_clone().unwrap());
+    let settings = [("sink", "stdout"), ("run.drain_timeout", "1s")];
+    let relay = Relay::start_by(way, &outbox, &settings);
+    relay.ready().await;
+    outbox.sql(LARGE).await;
+    let written = outbox.current().await;
+    eventually("it takes no more", || async { !takes_more(&writer) }).await;
+    let threads = || std::fs::read_dir(format!("/proc/{}/task", relay.pid())).unwrap().count();
+    let slot = format!(
+        "from pg_stat_replication join pg_replication_slots on active_pid = pid where slot_name = '{}'",
+        outbox.name
+    );
+    let before = threads();
+    for session in 1..=3 {
+        outbox.sql(&format!("select pg_terminate_backend(pid) {slot}")).await;
+        let ended = || async { relay.metric("pgoutbox_sessions_total{end=\"postgres\"}") >= f64::from(session) };
+        eventually("the session ends", ended).await;
+        let sent = format!("select count(*)::text {slot} and sent_lsn >= '{written}'");
+        eventually("the next one has the rows", || async { outbox.text(&sent).await.as_deref() == Some("1") }).await;
+    }
+    // One of the pool may be idle still.
+    assert!(threads() <= before + 1, "{before} threads, now {}", threads());
+    assert_eq!(relay.stop_within(Duration::from_secs(15)), 0);
+}
