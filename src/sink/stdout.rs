@@ -4,14 +4,18 @@
 //! full in the middle of a line is an error as well, after which nobody knows how much the standard library has written:
 //! what comes next would stand on the same line, and be lost to who reads lines. So it is written without a buffer, and
 //! counted. A write that waits for its reader cannot be called off: it outlives its session, and the next session waits
-//! for it, or each would leave another thread with another run behind.
+//! for it, or each would leave another thread with another run behind. And a terminal, or a socket, may have been made one
+//! that does not wait by whoever else has it open: a line that was begun is gone on with, or one that is longer than its
+//! buffer would never come whole.
 
 mod line;
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::write;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
@@ -81,11 +85,20 @@ fn write_lines(lines: &[u8]) -> io::Result<()> {
                     rest = left;
                 }
                 Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => wait_for_room(&stdout)?,
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
     Ok(())
+}
+
+/// Waits as a write would. A reader that went away is room as well: the next write says so.
+fn wait_for_room(stdout: &impl AsFd) -> io::Result<()> {
+    match poll(&mut [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// A disk may have room again; a reader that went away comes back with another pipe, for another process.

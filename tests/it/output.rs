@@ -6,7 +6,8 @@
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{PipeWriter, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -233,6 +234,36 @@ const LARGE: &str = "insert into outbox (aggregatetype, aggregateid, type, paylo
 
 fn takes_more(file: &impl AsFd) -> bool {
     poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO).unwrap() > 0
+}
+
+/// Whoever shares the open file, a terminal for instance, may have made it one that does not wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_reader_behind_a_standard_output_that_does_not_wait_is_waited_for() {
+    let outbox = outbox().await;
+    let (mut reader, writer) = UnixStream::pair().unwrap();
+    writer.set_nonblocking(true).unwrap();
+    let copy = writer.try_clone().unwrap();
+    let relay = Relay::start_by(to_stdout(OwnedFd::from(writer)), &outbox, &[("sink", "stdout")]);
+    relay.ready().await;
+    outbox.sql(LARGE).await;
+    eventually("it takes no more", || async { !takes_more(&copy) }).await;
+    drop(copy);
+    let lines = tokio::task::spawn_blocking(move || {
+        let mut text = Vec::new();
+        while text.iter().filter(|byte| **byte == b'\n').count() < 5 {
+            let mut piece = vec![0; 10_000];
+            let count = reader.read(&mut piece).unwrap();
+            assert!(count > 0, "it went");
+            text.extend(&piece[..count]);
+        }
+        (String::from_utf8(text).unwrap(), reader)
+    });
+    let (text, _reader) = lines.await.unwrap();
+    let ids: HashSet<_> = text.lines().filter_map(id).collect();
+    assert_eq!((text.lines().count(), ids.len()), (5, 5), "lines, and those that are whole");
+    outbox.wait_confirmed(outbox.current().await).await;
+    assert_eq!(relay.metric("pgoutbox_sessions_total{end=\"broker\"}"), 0.0, "{}", relay.log());
+    assert_eq!(relay.stop(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
