@@ -172,6 +172,10 @@ impl Account {
                 format!("the broker does not declare exchange {exchange}: {text}"),
                 Remedy::act("raise that limit, or delete exchanges that nobody needs"),
             ),
+            (404, DECLARE | PUBLISH) if self.declare => Finding::new(
+                format!("exchange {exchange} is gone: somebody deleted it, and its bindings with it"),
+                Remedy::act("bind its queues again; the next session declares it"),
+            ),
             (404, DECLARE | PUBLISH) => Finding::new(
                 format!("exchange {exchange} does not exist"),
                 Remedy::setting("rabbitmq.declare", "true")
@@ -323,6 +327,18 @@ mod tests {
         assert!(matches!(declared(406, other), Error::Setup(found) if found.problem.contains("inequivalent arg")));
         let reserved = "ACCESS_REFUSED - exchange name 'amq.x' contains reserved prefix 'amq.*'";
         assert!(matches!(declared(403, reserved), Error::Lacking(found) if found.problem.contains("broker's own")));
+    }
+
+    #[test]
+    fn an_exchange_that_went_is_no_reason_to_set_what_is_set() {
+        let gone = Close { code: 404, text: "NOT_FOUND - no exchange 'out.box'".to_owned(), method: PUBLISH };
+        let remedy = |declare: bool| {
+            let account = Account { declare, ..account(false) };
+            account.refused(&gone).unwrap().to_string()
+        };
+        assert!(remedy(false).contains("set rabbitmq.declare = true"), "{}", remedy(false));
+        assert!(!remedy(true).contains("rabbitmq.declare"), "{}", remedy(true));
+        assert!(remedy(true).contains("bind"), "{}", remedy(true));
     }
 
     #[test]
