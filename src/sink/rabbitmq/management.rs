@@ -141,19 +141,17 @@ impl Api {
             let problem = "it has an alternate exchange: what no queue of its own takes goes there, and counts as held";
             looks.push(Look::note(format!("exchange {}", account.exchange), problem, Remedy::default()));
         }
-        let mut queues: Vec<&String> = bindings.iter().filter_map(|binding| binding.queue.as_ref()).collect();
-        queues.sort();
-        queues.dedup();
-        let is_alone = queues.len() == 1;
-        for name in queues.into_iter().take(QUEUES_MAX) {
+        let (queues, is_alone, unseen) = behind(&account.exchange, &bindings);
+        for name in queues {
             let queue = self.get(&format!("/queues/{vhost}/{}", escaped(name))).await?;
-            let is_awaited = is_alone || account.queues.contains(name);
+            let is_awaited = is_alone || account.queues.iter().any(|queue| queue == name);
             looks.push(if queue.is_null() {
                 Look::note(format!("queue {name}"), "not looked at: it is not there any more", Remedy::default())
             } else {
                 keeping(name, &queue, is_awaited)
             });
         }
+        looks.extend(unseen);
         Ok(looks)
     }
 }
@@ -172,6 +170,26 @@ fn argument<'a>(json: &'a Json, [own, of_policy]: [&str; 2]) -> &'a Json {
     let found = |place: &str, name: &str| json.get(place).and_then(|arguments| arguments.get(name));
     let set = found("arguments", own).filter(|value| !value.is_null());
     set.or_else(|| found("effective_policy_definition", of_policy)).unwrap_or(&Json::Null)
+}
+
+/// The queues to look at; whether it is only one, with nothing beside it; and what is not looked at.
+fn behind<'a>(exchange: &str, bindings: &'a [Binding]) -> (Vec<&'a str>, bool, Option<Look>) {
+    let mut queues: Vec<&str> = bindings.iter().filter_map(|binding| binding.queue.as_deref()).collect();
+    queues.sort_unstable();
+    queues.dedup();
+    let leads_on = bindings.iter().any(|binding| binding.queue.is_none());
+    let is_alone = queues.len() == 1 && !leads_on;
+    let mut unseen = Vec::new();
+    if leads_on {
+        unseen.push("the queues behind exchanges that are bound to it".to_owned());
+    }
+    if queues.len() > QUEUES_MAX {
+        unseen.push(format!("{} more queues", queues.len() - QUEUES_MAX));
+    }
+    queues.truncate(QUEUES_MAX);
+    let what = format!("queues behind exchange {exchange}");
+    let told = format!("not looked at: {}", unseen.join(" and "));
+    (queues, is_alone, (!unseen.is_empty()).then(|| Look::note(what, told, Remedy::default())))
 }
 
 /// Whether every key finds a binding.
@@ -249,6 +267,10 @@ fn keeping(name: &str, queue: &Json, is_awaited: bool) -> Look {
     }
     if !argument(queue, ["x-message-ttl", "message-ttl"]).is_null() {
         problems.push("it throws away what is too old, which was confirmed");
+    }
+    let expires = !argument(queue, ["x-expires", "expires"]).is_null();
+    if expires || queue["auto_delete"] == true || queue["exclusive"] == true {
+        problems.push("it is deleted, with all that it confirmed, when nobody uses it");
     }
     if problems.is_empty() {
         return Look::sound(what);
@@ -356,6 +378,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_looked_at_is_told_and_a_queue_beside_an_exchange_is_not_alone() {
+        let to = |queue: &str| Binding { key: "#".to_owned(), queue: Some(queue.to_owned()) };
+        let on = || Binding { key: "#".to_owned(), queue: None };
+        assert_eq!(behind("ex", &[to("a"), to("a")]), (vec!["a"], true, None));
+        let bindings = [to("a"), on()];
+        let (queues, is_alone, unseen) = behind("ex", &bindings);
+        assert!(queues == ["a"] && !is_alone);
+        assert!(format!("{unseen:?}").contains("behind exchanges that are bound to it"), "{unseen:?}");
+        let many: Vec<Binding> = (0..QUEUES_MAX + 7).map(|number| to(&number.to_string())).collect();
+        let (queues, is_alone, unseen) = behind("ex", &many);
+        assert!(queues.len() == QUEUES_MAX && !is_alone);
+        assert!(format!("{unseen:?}").contains("not looked at: 7 more queues"), "{unseen:?}");
+    }
+
+    #[test]
     fn a_queue_that_throws_away_what_it_confirmed_is_named() {
         let queue = |text: &str| keeping("q", &serde_json::from_str(text).unwrap(), false);
         let sound = queue(r#"{"type": "quorum", "durable": true, "arguments": {}}"#);
@@ -365,6 +402,10 @@ mod tests {
             (r#"{"type": "classic", "durable": false, "arguments": {}}"#, "restart"),
             (r#"{"type": "quorum", "durable": true, "arguments": {"x-max-length": 5}}"#, "oldest"),
             (r#"{"type": "quorum", "durable": true, "effective_policy_definition": {"message-ttl": 5}}"#, "too old"),
+            (r#"{"type": "quorum", "durable": true, "arguments": {"x-expires": 5}}"#, "deleted"),
+            (r#"{"type": "quorum", "durable": true, "effective_policy_definition": {"expires": 5}}"#, "deleted"),
+            (r#"{"type": "classic", "durable": true, "auto_delete": true}"#, "deleted"),
+            (r#"{"type": "classic", "durable": true, "exclusive": true}"#, "deleted"),
         ] {
             let look = format!("{:?}", queue(text));
             assert!(look.contains(part), "{look}");
