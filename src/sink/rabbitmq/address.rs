@@ -8,7 +8,7 @@
 mod query;
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -20,6 +20,9 @@ const LOCALHOST: &str = "localhost";
 
 /// What the specification calls a vhost is one short string of `connection.open`.
 const VHOST_BYTES_MAX: usize = 255;
+
+/// More than a cluster has nodes.
+const HELD_BACK_MAX: usize = 64;
 
 /// One broker, who we are there, and how to speak with it.
 #[derive(Clone)]
@@ -41,6 +44,8 @@ pub struct Address {
     pub(super) frame_max: Option<u32>,
     /// `None`: `amqp://`.
     pub(super) tls: Option<Tls>,
+    /// Addresses of the host that held back their confirms, the last one at the end.
+    held_back: Vec<SocketAddr>,
 }
 
 /// How a login is made (SASL).
@@ -169,7 +174,24 @@ impl Address {
                 .map(|millis| Duration::from_millis(millis.into())),
             frame_max: query.frame_max()?,
             tls,
+            held_back: Vec::new(),
         })
+    }
+
+    /// Of the addresses of its host, those that held back their confirms come last, that of the last time behind them all.
+    pub(super) fn in_order(&self, mut places: Vec<SocketAddr>) -> Vec<SocketAddr> {
+        places.sort_by_key(|place| self.held_back.iter().position(|other| other == place));
+        places
+    }
+
+    /// This address of its host held back its confirms.
+    pub(super) fn put_last(&mut self, place: SocketAddr) {
+        self.held_back.retain(|other| *other != place);
+        // Addresses come and go where nodes do.
+        if self.held_back.len() >= HELD_BACK_MAX {
+            self.held_back.remove(0);
+        }
+        self.held_back.push(place);
     }
 
     /// Whether the broker makes a user's name of our certificate: no name was given, and no other mechanism allowed.
@@ -497,6 +519,22 @@ mod tests {
     fn an_address_is_shown_without_its_password() {
         let address = parse("amqps://user:s3cret@[::1]/v").unwrap();
         assert_eq!(format!("{address} {address:?}"), "[::1]:5671 Address([::1]:5671)");
+    }
+
+    #[test]
+    fn of_a_names_addresses_those_that_held_back_confirms_come_last_and_each_has_its_turn() {
+        let places = |last: &[u8]| -> Vec<SocketAddr> {
+            last.iter().map(|last| SocketAddr::from(([192, 0, 2, *last], 5672))).collect()
+        };
+        let mut address = parse("amqp://rabbit").unwrap();
+        assert_eq!(address.in_order(places(&[3, 1, 2])), places(&[3, 1, 2]));
+        for order in [[3, 1, 2], [1, 2, 3], [2, 3, 1], [3, 1, 2]] {
+            assert_eq!(address.in_order(places(&[3, 1, 2])), places(&order));
+            address.put_last(places(&order[..1])[0]);
+        }
+        assert_eq!(address.in_order(places(&[3, 4])), places(&[4, 3]));
+        (0..=u8::MAX).for_each(|last| address.put_last(places(&[last])[0]));
+        assert_eq!(address.held_back.len(), HELD_BACK_MAX);
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! plain and the TLS port stand side by side: who speaks at the wrong one is told so, instead of what his peer made of it.
 
 use std::future::Future;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -37,6 +39,8 @@ const FRAME_BYTES_MIN: u32 = 4096;
 /// A connection with one channel, on which confirms are on.
 pub(super) struct Opened {
     pub(super) link: Link,
+    /// Of the host's addresses this one.
+    pub(super) place: SocketAddr,
     /// `None`: off, by the URL's will and the broker's.
     pub(super) heartbeat: Option<Duration>,
     /// As the broker says it, such as `RabbitMQ` and `3.10.8`.
@@ -52,8 +56,77 @@ pub(super) async fn answer<T>(during: &'static str, pending: impl Future<Output 
 /// Opens a connection and its channel, and makes sure of the exchange and of the queues that must be there.
 pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metrics) -> Result<Opened, Error> {
     let account = Account::of(address, settings);
-    let mut opened = enter(address, &account, metrics).await?;
-    let link = &mut opened.link;
+    open_at(&places(address).await?, address, &account, metrics, Some(settings)).await
+}
+
+/// Opens a connection, without a channel.
+pub(super) async fn enter(address: &Address, account: &Account, metrics: &Metrics) -> Result<Opened, Error> {
+    open_at(&places(address).await?, address, account, metrics, None).await
+}
+
+/// At the first of a name's addresses where a broker answers: who takes a socket may be none, or one that hangs, and the
+/// resolver would name it first for ever.
+async fn open_at(
+    places: &[SocketAddr],
+    address: &Address,
+    account: &Account,
+    metrics: &Metrics,
+    publishing: Option<&Settings>,
+) -> Result<Opened, Error> {
+    let unreachable = |problem: String| Error::Unreachable { host: address.to_string(), problem };
+    let mut unreached = "the host has no address".to_owned();
+    let mut failed = None;
+    for place in places {
+        let socket = match reach(*place, address).await {
+            Ok(socket) => socket,
+            Err(problem) => {
+                unreached = problem;
+                continue;
+            }
+        };
+        match speak(socket, *place, address, account, metrics, publishing).await {
+            Err(error) if !is_answer(&error) => failed = Some(error),
+            answered => return answered,
+        }
+    }
+    Err(failed.unwrap_or_else(|| unreachable(unreached)))
+}
+
+/// Whether the broker said what somebody has to mend: by another address it would say the same.
+fn is_answer(error: &Error) -> bool {
+    match error {
+        Error::Lacking(finding) => !finding.remedy.is_empty(),
+        Error::Unreachable { .. } | Error::Broken(_) | Error::Timeout { .. } => false,
+        _ => true,
+    }
+}
+
+/// On this socket, as far as it is wanted.
+async fn speak(
+    socket: TcpStream,
+    place: SocketAddr,
+    address: &Address,
+    account: &Account,
+    metrics: &Metrics,
+    publishing: Option<&Settings>,
+) -> Result<Opened, Error> {
+    let greeting = async {
+        let stream: Box<dyn Stream> = match &address.tls {
+            None => Box::new(socket),
+            Some(wanted) => Box::new(tls::secure(socket, address, wanted).await.map_err(Fault::Lost)?),
+        };
+        let mut link = Link::new(stream, FRAME_BYTES_MAX as usize);
+        greet(&mut link, address, metrics).await.map(|greeted| greeted.opened(link, place))
+    };
+    let greeted = timeout(ANSWER_TIMEOUT, greeting).await.unwrap_or_else(|_| Err(Fault::Lost(late(ANSWER_TIMEOUT))));
+    let mut opened = greeted.map_err(|fault| account.outside(&fault))?;
+    if let Some(settings) = publishing {
+        prepare(&mut opened.link, settings, account, metrics).await?;
+    }
+    Ok(opened)
+}
+
+async fn prepare(link: &mut Link, settings: &Settings, account: &Account, metrics: &Metrics) -> Result<(), Error> {
     let failed = |fault: Fault| account.failure(&fault);
     let channel = |word: &Word| matches!(word, Word::ChannelOpenOk);
     ask(link, metrics, "opening a channel", wire::channel_open, channel).await?.map_err(failed)?;
@@ -67,23 +140,7 @@ pub(super) async fn open(address: &Address, settings: &Settings, metrics: &Metri
     }
     let selected = |word: &Word| matches!(word, Word::ConfirmSelectOk);
     ask(link, metrics, "selecting confirms", wire::confirm_select, selected).await?.map_err(failed)?;
-    Ok(opened)
-}
-
-/// Opens a connection, without a channel.
-pub(super) async fn enter(address: &Address, account: &Account, metrics: &Metrics) -> Result<Opened, Error> {
-    let unreachable = |problem: String| Error::Unreachable { host: address.to_string(), problem };
-    let socket = reach(address).await.map_err(unreachable)?;
-    let greeting = async {
-        let stream: Box<dyn Stream> = match &address.tls {
-            None => Box::new(socket),
-            Some(wanted) => Box::new(tls::secure(socket, address, wanted).await.map_err(Fault::Lost)?),
-        };
-        let mut link = Link::new(stream, FRAME_BYTES_MAX as usize);
-        greet(&mut link, address, metrics).await.map(|greeted| greeted.opened(link))
-    };
-    let greeted = timeout(ANSWER_TIMEOUT, greeting).await.map_err(|_| unreachable(late(ANSWER_TIMEOUT)))?;
-    greeted.map_err(|fault| account.outside(&fault))
+    Ok(())
 }
 
 /// Says something and waits for its answer.
@@ -102,25 +159,28 @@ fn late(after: Duration) -> String {
     format!("it did not answer within {after:?}")
 }
 
-/// A socket to the first address of the host that takes it.
-async fn reach(address: &Address) -> Result<TcpStream, String> {
-    let patience = address.connection_timeout.unwrap_or(ANSWER_TIMEOUT);
-    let looking = timeout(patience, LOOKUPS.of(&address.host, address.port)).await;
-    let places = looking.map_err(|_| "no address was found for its name in time".to_owned())?;
-    let mut reached = Err("the host has no address".to_owned());
-    for place in places.map_err(|error| error.to_string())? {
-        let connected = timeout(patience, TcpStream::connect(place)).await;
-        reached = connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())).map_err(|error| {
-            match error.kind() {
-                std::io::ErrorKind::TimedOut => late(patience),
-                _ => error.to_string(),
-            }
-        });
-        if reached.is_ok() {
-            break;
-        }
-    }
-    let socket = reached?;
+/// Every address of the host.
+async fn places(address: &Address) -> Result<Vec<SocketAddr>, Error> {
+    let looking = timeout(patience(address), LOOKUPS.of(&address.host, address.port)).await;
+    let found = match looking {
+        Ok(places) => places.map_err(|error| error.to_string()),
+        Err(_) => Err("no address was found for its name in time".to_owned()),
+    };
+    let places = found.map_err(|problem| Error::Unreachable { host: address.to_string(), problem })?;
+    Ok(address.in_order(places))
+}
+
+fn patience(address: &Address) -> Duration {
+    address.connection_timeout.unwrap_or(ANSWER_TIMEOUT)
+}
+
+async fn reach(place: SocketAddr, address: &Address) -> Result<TcpStream, String> {
+    let patience = patience(address);
+    let connected = timeout(patience, TcpStream::connect(place)).await;
+    let socket = connected.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into())).map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => late(patience),
+        _ => error.to_string(),
+    })?;
     // A run is written whole; Nagle would hold back its last segment.
     socket.set_nodelay(true).map_err(|error| error.to_string())?;
     Ok(socket)
@@ -134,8 +194,8 @@ struct Greeted {
 }
 
 impl Greeted {
-    fn opened(self, link: Link) -> Opened {
-        Opened { link, heartbeat: self.heartbeat, product: self.product, version: self.version }
+    fn opened(self, link: Link, place: SocketAddr) -> Opened {
+        Opened { link, place, heartbeat: self.heartbeat, product: self.product, version: self.version }
     }
 }
 
@@ -245,5 +305,58 @@ async fn heard(link: &mut Link, metrics: &Metrics, wanted: impl Fn(&Word) -> boo
             }
         }
         link.moved().await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+    use std::sync::mpsc;
+
+    use super::super::Files;
+    use super::*;
+
+    /// What is said of a name with two addresses, of which the first says this and closes; and whether the second was asked.
+    async fn asked(says: Vec<u8>) -> (Error, bool) {
+        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let (first, second) = (listen(), listen());
+        let places = [&first, &second].map(|listener| listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (mut socket, _) = first.accept().unwrap();
+            socket.read_exact(&mut [0; 8]).unwrap();
+            socket.write_all(&says).unwrap();
+        });
+        let (asked, was_asked) = mpsc::channel();
+        // Ends with the process, where nobody comes.
+        std::thread::spawn(move || second.accept().map(|_socket| asked.send(())));
+        let address = Address::parse("amqp://rabbit", &Files::default()).unwrap();
+        let (exchange, queues) = ("outbox".to_owned(), Vec::new());
+        let settings = Settings { addresses: Vec::new(), exchange, declare: true, queues, message_bytes_max: 0 };
+        let account = Account::of(&address, &settings);
+        let error = open_at(&places, &address, &account, &Metrics::new(), None).await.err().unwrap();
+        (error, was_asked.try_recv().is_ok())
+    }
+
+    fn close(code: u16, reason: &str) -> Vec<u8> {
+        let text = [&[u8::try_from(reason.len()).unwrap()], reason.as_bytes()].concat();
+        let payload = [&[0, 10, 0, 50][..], &code.to_be_bytes(), &text, &[0; 4]].concat();
+        let size = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&[1, 0, 0][..], &size, &payload, &[0xCE]].concat()
+    }
+
+    #[tokio::test]
+    async fn the_next_address_of_a_name_is_asked_where_the_first_is_no_broker_or_one_in_trouble() {
+        for says in [Vec::new(), b"HTTP/1.1 400 Bad Request".to_vec(), close(541, "INTERNAL_ERROR - vhost '/' is down")]
+        {
+            let (error, is_second_asked) = asked(says).await;
+            assert!(is_second_asked, "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_broker_whose_refusal_somebody_must_mend_has_answered_for_its_name() {
+        let (error, is_second_asked) = asked(close(530, "NOT_ALLOWED - vhost / not found")).await;
+        assert!(!is_second_asked && error.to_string().contains("vhost / not found"), "{error}");
     }
 }

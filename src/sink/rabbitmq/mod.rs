@@ -21,6 +21,7 @@ mod session;
 mod tls;
 mod wire;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -100,15 +101,15 @@ impl Settings {
 pub struct Hosts {
     settings: Settings,
     metrics: Arc<Metrics>,
-    /// Of the addresses, that of the last session.
-    last: usize,
+    /// That of the last session, and which of its addresses.
+    last: Option<(usize, SocketAddr)>,
     was_away: bool,
 }
 
 impl Hosts {
     /// None was tried yet.
     pub fn new(settings: Settings, metrics: Arc<Metrics>) -> Self {
-        Self { settings, metrics, last: 0, was_away: false }
+        Self { settings, metrics, last: None, was_away: false }
     }
 
     /// Opens a session, as [`RabbitMq::open`] does. A broker that was away is given time for its streams.
@@ -119,7 +120,7 @@ impl Hosts {
         let opened = RabbitMq::open(&self.settings, self.metrics.clone()).await;
         let was_away = std::mem::replace(&mut self.was_away, opened.is_err());
         let session = opened?;
-        self.last = session.host;
+        self.last = Some((session.host, session.place));
         // Where somebody has said what to wait for, it is there.
         if was_away && self.settings.queues.is_empty() {
             tracing::debug!("the broker was away: its streams are given {STREAMS_NEED:?}");
@@ -128,12 +129,14 @@ impl Hosts {
         Ok(session)
     }
 
-    /// From now on the host of the last session is tried when all others have been.
+    /// From now on the host of the last session is tried when all others have been, and its address when all others of that
+    /// host have been.
     pub fn put_last(&mut self) {
         let addresses = &mut self.settings.addresses;
-        if addresses.len() > 1 && self.last < addresses.len() {
-            let address = addresses.remove(self.last);
-            tracing::debug!(host = %address, "it held back its confirms: the other hosts come first from now on");
+        if let Some((host, place)) = self.last.take().filter(|(host, _)| *host < addresses.len()) {
+            let mut address = addresses.remove(host);
+            tracing::debug!(host = %address, %place, "it held back its confirms: others come first from now on");
+            address.put_last(place);
             addresses.push(address);
         }
     }
@@ -143,6 +146,7 @@ impl Hosts {
 pub struct RabbitMq {
     session: Session,
     host: usize,
+    place: SocketAddr,
     server: String,
     message_bytes_max: u64,
     header_bytes_max: usize,
@@ -176,10 +180,11 @@ impl RabbitMq {
             set => set,
         };
         let server = format!("{} {}", opened.product, opened.version);
+        let place = opened.place;
         let header_bytes_max = opened.link.frame_max.saturating_sub(FRAME_OVERHEAD);
         let session = Session::start(opened, Account::of(address, settings), metrics.clone());
         tracing::debug!(server, message_bytes_max, "a session with the broker is open");
-        Ok(Self { session, host: 0, server, message_bytes_max, header_bytes_max, published: 0 })
+        Ok(Self { session, host: 0, place, server, message_bytes_max, header_bytes_max, published: 0 })
     }
 
     /// The broker's product and version, as it says them: `RabbitMQ 3.10.8`.

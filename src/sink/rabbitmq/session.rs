@@ -321,6 +321,7 @@ mod tests {
         let (ours, theirs) = duplex(1024);
         let opened = Opened {
             link: Link::new(Box::new(ours), 4096),
+            place: ([127, 0, 0, 1], 5672).into(),
             heartbeat: Some(Duration::from_secs(10)),
             product: String::new(),
             version: String::new(),
