@@ -110,6 +110,8 @@ async fn speak(
     metrics: &Metrics,
     publishing: Option<&Settings>,
 ) -> Result<Opened, Error> {
+    // What another one said of itself it would never take back here.
+    metrics.blocked(None);
     let greeting = async {
         let stream: Box<dyn Stream> = match &address.tls {
             None => Box::new(socket),

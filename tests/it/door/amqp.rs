@@ -143,6 +143,26 @@ async fn the_next_host_is_asked_where_one_is_dead_or_says_nothing() {
     assert!(error.contains("is not a durable topic exchange"), "{error}");
 }
 
+/// One that lacks the exchange, for instance: its alarm says nothing about the next one, which would never say that it is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_alarm_of_a_host_that_will_not_do_does_not_block_the_next_one() {
+    let blocking = Broker::start(usize::MAX, |wire| {
+        wire.handshake_until(40)?;
+        wire.blocked("low on disk")?;
+        wire.end(1, 404, "NOT_FOUND - no exchange 'outbox' in vhost '/'")?;
+        wire.listen()
+    });
+    let urls = format!("{},{}", blocking.url(), Broker::honest().url());
+    let addresses = Address::parse_all(&urls, &Files::default()).unwrap();
+    let (exchange, queues) = ("outbox".to_owned(), Vec::new());
+    let settings = Settings { addresses, exchange, declare: true, queues, message_bytes_max: 0 };
+    let metrics = Arc::new(Metrics::new());
+    let session = RabbitMq::open(&settings, metrics.clone()).await.unwrap();
+    assert_eq!(blocking.connections(), 1);
+    assert!(!metrics.is_blocked(), "{:?}", metrics.reasons());
+    session.close().await;
+}
+
 /// It lets publishers in before its streams have leaders.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_that_was_away_is_given_time_unless_what_it_needs_is_looked_at() {
