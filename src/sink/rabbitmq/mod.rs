@@ -259,11 +259,17 @@ impl Limits {
                 Some(format!("its routing key has {} bytes where AMQP takes 255", key.len()))
             }
             Ok(_) if body > max => {
-                Some(format!("its body has {body} bytes; the broker takes {max} (rabbitmq.message_bytes_max)"))
+                // The remedy for such a row is to skip it, which a limit that is set too low is no reason for.
+                Some(format!(
+                    "its body has {body} bytes; the broker takes {max} (where its max_message_size is larger, set \
+                     rabbitmq.message_bytes_max to that)"
+                ))
             }
-            Ok(header) if header > self.header_bytes => {
-                Some(format!("its headers have {header} bytes; one frame takes {}", self.header_bytes))
-            }
+            Ok(header) if header > self.header_bytes => Some(format!(
+                "its headers have {header} bytes; one frame takes {} (frame_max: the broker's, or what rabbitmq.url asks \
+                     for)",
+                self.header_bytes
+            )),
             Ok(_) => None,
         }
     }
