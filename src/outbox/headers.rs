@@ -48,7 +48,8 @@ pub fn read(text: &[u8], headers: &mut Vec<(ByteString, HeaderValue)>) -> Result
     if text.len() > TEXT_BYTES_MAX {
         return Err(format!("column headers has {} bytes; {TEXT_BYTES_MAX} are possible", text.len()));
     }
-    let json: Json = serde_json::from_slice(text).map_err(|_| "column headers is not valid JSON".to_owned())?;
+    // Postgres takes numbers, depths and surrogates that we do not: not called invalid. The reason repeats no text.
+    let json: Json = serde_json::from_slice(text).map_err(|why| format!("column headers cannot be read: {why}"))?;
     let fields = match json {
         Json::Null => return Ok(()),
         Json::Object(fields) => fields,
@@ -171,6 +172,22 @@ mod tests {
         assert_eq!(least, [("a".into(), HeaderValue::Int(i64::MIN))]);
         let deep = format!("{{\"a\":{}1{}}}", "[".repeat(40), "]".repeat(40));
         assert!(read_all(&deep).is_err());
+    }
+
+    /// Postgres takes all of these, and an operator who looks at the column sees nothing wrong with its JSON.
+    #[test]
+    fn json_that_only_we_cannot_read_is_not_called_invalid() {
+        let deep = format!("{{\"a\":{}1{}}}", "[".repeat(200), "]".repeat(200));
+        for (text, problem) in [
+            ("{\"a\":1e400}", "number out of range"),
+            ("{\"s3cret\":\"s3cret\\ud800\"}", "hex escape"),
+            (&deep, "recursion limit"),
+            ("{\"s3cret\":s3cret}", "expected value"),
+        ] {
+            let error = read_all(text).unwrap_err();
+            assert!(!error.contains("valid JSON") && error.contains(problem), "{error}");
+            assert!(!error.contains("s3cret"), "{error}");
+        }
     }
 
     #[test]
