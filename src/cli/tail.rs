@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::lsn::Lsn;
 use crate::outbox::{self, Assembler, Item, Message};
+use crate::pg;
 use crate::pg::catalog::Control;
 use crate::pg::replication::{Event, Replication, Status};
 use crate::pg::world::Names;
@@ -57,14 +58,14 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let outbox = [world.table_findings(names), world.publication_findings(names)].concat();
     let findings = [world.server_findings(), outbox].concat();
     if !findings.is_empty() {
-        return Err(crate::pg::Error::World(findings).into());
+        return Err(pg::Error::World(findings).into());
     }
     let assembler = Assembler::new(config.mapping.clone(), tables(names, &world));
     let mut replication = Replication::open(&control, &config.postgres).await?;
     // In containers every process is number 1.
     let slot = format!("pgoutbox_tail_{:08x}", fastrand::u32(..));
     replication.create_temporary_slot(&slot).await?;
-    let mut stream = replication.start(&slot, &names.publication, Lsn::ZERO).await?;
+    let mut stream = replication.start(&slot, &names.publication, Lsn::ZERO).await.map_err(of_stream)?;
     let mut reader = Reader { assembler, control, names, passing: HashSet::new() };
     let mut position = Lsn::ZERO;
     let mut ticks = interval(STATUS_INTERVAL);
@@ -77,7 +78,7 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
                 stream.tell(status).await?;
                 continue;
             }
-            event = stream.next() => event?,
+            event = stream.next() => event.map_err(of_stream)?,
         };
         let item = match event {
             Event::Data(bytes) => reader.change(&bytes).await?,
@@ -94,6 +95,21 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
             Some(Item::Message(..)) | None => {}
         }
     }
+}
+
+/// Why the stream ended, without what mends a relay's slot: this one's goes by itself.
+fn of_stream(error: pg::Error) -> Error {
+    const UNDEFINED_OBJECT: &str = "42704";
+    match error {
+        pg::Error::PublicationSkipped(server) => begin_anew(&server),
+        pg::Error::Server(server) if server.code() == UNDEFINED_OBJECT => begin_anew(&server),
+        error => error.into(),
+    }
+}
+
+fn begin_anew(server: &pg::ServerError) -> Error {
+    let problem = format!("Postgres refused: {}", server.plain());
+    Error::Found(format!("{problem}. Remedy: see that the publication is there, and begin `pgoutbox tail` anew"))
 }
 
 /// Makes messages of the stream, with a catalog to ask.
@@ -157,6 +173,22 @@ async fn print(message: &Message, out: &mut Stdout) -> Result<bool, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ExitCode;
+
+    #[test]
+    fn who_only_looks_on_is_not_told_to_drop_a_slot() {
+        let server = |code: &str| {
+            let text = format!("SERROR\0C{code}\0Mpublication \"pgoutbox\" does not exist\0\0");
+            pg::ServerError::parse(bytes::Bytes::from(text))
+        };
+        for error in [pg::Error::Server(server("42704")), pg::Error::PublicationSkipped(server("55000"))] {
+            assert!(error.to_string().contains("drop the slot"));
+            let error = of_stream(error);
+            let text = error.to_string();
+            assert!(text.contains("publication \"pgoutbox\"") && !text.contains("drop the slot"), "{text}");
+            assert_eq!(error.exit_code(), ExitCode::World);
+        }
+    }
 
     #[test]
     fn rows_are_picked_by_type_and_aggregate() {
