@@ -204,11 +204,12 @@ pub fn idle_timeout(world: &World) -> Option<Look> {
     Some(Look::note(what, problem, remedy.then_sql("SELECT pg_reload_conf()")))
 }
 
-/// What to do about rows that are out of the stream's reach because their publication was not there.
+/// What to do about rows that are out of the stream's reach because their publication was not there. Reconciling comes last:
+/// what is committed between the old slot and the new one is in neither.
 pub fn begin_anew(names: &Names) -> Remedy {
-    Remedy::act("reconcile from the table what was committed before the publication was made")
-        .then_sql(format!("SELECT pg_drop_replication_slot({})", literal(&names.slot)))
+    Remedy::sql(format!("SELECT pg_drop_replication_slot({})", literal(&names.slot)))
         .then_shell("pgoutbox init")
+        .then_act("reconcile from the table what was committed before that and not delivered")
 }
 
 /// A look that was not possible.
@@ -221,6 +222,27 @@ pub fn not_looked(what: impl Into<String>, why: impl Into<String>, remedy: Remed
 mod tests {
     use super::*;
     use crate::finding::{Step, Verdict};
+    use crate::pg::{Error, ServerError};
+
+    #[test]
+    fn what_a_new_slot_does_not_have_is_reconciled_when_it_is_there() {
+        let name = || "outbox".to_owned();
+        let names = Names { slot: name(), publication: name(), schema: name(), table: name() };
+        let server = |code: &str| {
+            let text = format!("C{code}\0Mpublication \"outbox\" does not exist\0\0");
+            ServerError::parse(bytes::Bytes::from(text))
+        };
+        let advice = [
+            begin_anew(&names).to_string(),
+            server("42704").to_string(),
+            server("58P01").to_string(),
+            Error::PublicationSkipped(server("55000")).to_string(),
+        ];
+        for text in advice {
+            let (init, reconcile) = (text.find("pgoutbox init"), text.find("reconcile from the table"));
+            assert!(init.is_some() && init < reconcile, "{text}");
+        }
+    }
 
     #[test]
     fn only_slots_that_somebody_uses_are_proposed_for_postgres_to_wait_for() {

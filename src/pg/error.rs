@@ -48,8 +48,8 @@ pub enum Error {
     /// PostgreSQL 18 and later skip the rows of a publication that was missing, with a mere warning.
     #[error(
         "Postgres skips rows: {0}. The publication did not exist for a part of the write-ahead log that is still to be \
-         read; its rows are in the table but not in the stream. Remedy: reconcile from the table, then drop the slot and \
-         run `{init}`",
+         read; its rows are in the table but not in the stream. Remedy: drop the slot, run `{init}`, then reconcile from \
+         the table what was committed before that and not delivered",
         init = as_called("pgoutbox init")
     )]
     PublicationSkipped(ServerError),

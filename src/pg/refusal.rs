@@ -122,15 +122,20 @@ pub(super) fn session(error: &ServerError) -> Option<Remedy> {
             "raise max_replication_slots above what SHOW max_replication_slots says, standbys first, and restart \
              PostgreSQL",
         ),
-        "58P01" => Remedy::act("the slot's WAL is gone: reconcile from the table, then drop the slot")
-            .then_shell("pgoutbox init"),
-        "42704" if error.message().contains("publication") => Remedy::act(
+        "58P01" => begin_anew("the slot's WAL is gone"),
+        "42704" if error.message().contains("publication") => begin_anew(
             "the publication did not exist for a part of the write-ahead log that is still to be read (creating it now \
-             does not help): reconcile from the table, then drop the slot",
-        )
-        .then_shell("pgoutbox init"),
+             does not help)",
+        ),
         _ => return None,
     })
+}
+
+/// Reconciling comes last: what is committed between the old slot and the new one is in neither.
+fn begin_anew(why: &str) -> Remedy {
+    Remedy::act(format!("{why}: drop the slot"))
+        .then_shell("pgoutbox init")
+        .then_act("reconcile from the table what was committed before that and not delivered")
 }
 
 #[cfg(test)]

@@ -202,12 +202,15 @@ impl World {
             return vec![Finding::new(problem, self.missing_slot())];
         };
         let mut findings = Vec::new();
-        let recreate = Remedy::sql(format!("SELECT pg_drop_replication_slot({})", literal(name)));
-        let recreate = recreate.then_shell(INIT);
+        // What was not read goes with it. Last: what is committed until there is a new one is in neither.
+        let reconcile = format!("reconcile from the table what was committed after {} and before that", slot.confirmed);
+        let drop = Remedy::sql(format!("SELECT pg_drop_replication_slot({})", literal(name)));
+        let recreate = drop.then_shell(INIT).then_act(&reconcile);
         if slot.temporary {
             let pid = slot.active_pid.unwrap_or_default();
-            let end = Remedy::sql(format!("SELECT pg_terminate_backend({pid}, 5000)")).then_shell(INIT);
-            findings.push(Finding::new(format!("replication slot {name} is temporary"), end));
+            let end = Remedy::sql(format!("SELECT pg_terminate_backend({pid}, 5000)"));
+            let remedy = end.then_shell(INIT).then_act(&reconcile);
+            findings.push(Finding::new(format!("replication slot {name} is temporary"), remedy));
         }
         match &slot.plugin {
             None => findings.push(Finding::new(format!("replication slot {name} is physical"), another_slot(name))),
@@ -223,11 +226,7 @@ impl World {
             findings.push(Finding::new(problem, another_slot(name).mind(mind)));
         }
         if slot.is_lost() {
-            let reconcile = format!("reconcile from the table what was committed after {}", slot.confirmed);
-            let remedy = Remedy::act(reconcile)
-                .then_sql(format!("SELECT pg_drop_replication_slot({})", literal(name)))
-                .then_shell(INIT)
-                .mind(slot.lost_by());
+            let remedy = recreate.clone().mind(slot.lost_by());
             let why = slot.invalidation_reason.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
             let problem = format!("replication slot {name} is lost{why}: the server has removed what was still needed");
             findings.push(Finding::new(problem, remedy));
@@ -492,6 +491,23 @@ mod tests {
         world.publication.as_mut().unwrap().tables.push(published(8));
         let steps = steps(&world);
         assert!(steps[0].contains("DROP TABLE public.t7;") && !steps[0].contains("SET TABLE"), "{steps:?}");
+    }
+
+    /// A new one begins where it is made, and writers do not wait for it.
+    #[test]
+    fn what_was_not_read_from_a_slot_is_reconciled_once_there_is_another() {
+        let breaks: [fn(&mut Slot); 3] = [
+            |slot| slot.two_phase = true,
+            |slot| slot.temporary = true,
+            |slot| slot.wal_status = Some("lost".to_owned()),
+        ];
+        for break_it in breaks {
+            let mut world = sound();
+            break_it(world.slot.as_mut().unwrap());
+            let steps = steps(&world);
+            assert_eq!(steps.len(), 3, "{steps:?}");
+            assert_eq!(steps[2], "reconcile from the table what was committed after 0/10 and before that");
+        }
     }
 
     #[test]

@@ -190,7 +190,7 @@ async fn a_lost_slot_is_named_before_the_start_and_after_waiting_for_the_broker(
     ended(relay, WORLD, &says);
     let log = stops(&outbox, WORLD, &says).await;
     // The remedy: its statement, then `init`.
-    outbox.sql(&statement(&log, ", then ")).await;
+    outbox.sql(&statement(&log, "still needed. Remedy: ")).await;
     assert!(verb(&outbox, &["init"]).status.success());
     let relay = Relay::start(&outbox);
     relay.ready().await;
@@ -264,7 +264,7 @@ async fn a_slot_that_was_idle_for_too_long_is_warned_of_ahead_and_named_when_it_
     // The remedies: the warning's, then the stop's.
     outbox.sql("alter system set idle_replication_slot_timeout = 0").await;
     outbox.sql("select pg_reload_conf()").await;
-    outbox.sql(&statement(&log, ", then ")).await;
+    outbox.sql(&statement(&log, "still needed. Remedy: ")).await;
     assert!(verb(&outbox, &["init"]).status.success());
     let relay = Relay::start(&outbox);
     relay.ready().await;
