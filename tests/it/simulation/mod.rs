@@ -260,14 +260,16 @@ async fn live(world: &World) {
             sleep(Duration::from_millis(500)).await;
         }
         told.set(Some(Instant::now()));
+        world.with(|state| state.lives[life].is_stopping = true);
         stop.send_replace(true);
         std::future::pending::<()>().await;
     };
     tokio::select! {
         biased;
         result = process => {
-            // A stop that gave up waiting leaves things open, and says so.
-            let in_time = told.get().map(|told: Instant| told.elapsed() < settings.drain_timeout);
+            // A stop that gave up waiting leaves things open, and says so; so does a session that ended in another way.
+            let stopped = metrics.sessions.get_or_create(&End { end: "stopped" }).get() > 0;
+            let in_time = told.get().map(|told: Instant| stopped && told.elapsed() < settings.drain_timeout);
             judge::ended(world, life, &result, in_time);
         }
         () = end => judge::quiet(world, life),

@@ -417,7 +417,7 @@ impl Source for FakeSource {
             stream.free_at = Some(Instant::now());
             // A session that the broker ended parts well, too: what it had read and not published is for the next one.
             let life = &mut state.lives[stream.life];
-            life.finished = life.is_leaving.then_some(self.stream);
+            life.finished = life.is_stopping.then_some(self.stream);
         });
         Ok(())
     }

@@ -83,7 +83,8 @@ pub(super) struct Life {
     pub(super) was_frozen: bool,
     /// The watch has told it to let go: what the stream says now is not what ends the session.
     pub(super) is_leaving: bool,
-    /// This stream's goodbye has arrived.
+    /// It was told to stop; and this stream's goodbye has arrived since.
+    pub(super) is_stopping: bool,
     pub(super) finished: Option<usize>,
 }
 
