@@ -260,6 +260,10 @@ pub async fn run<D: Database, B: Broker>(
         if error.retry() == Retry::Never {
             return Err(error);
         }
+        if *stop.borrow() {
+            tracing::warn!("stopping, nothing is lost: {}", explain(&error));
+            return Ok(());
+        }
         if progress.frontier() > frontier || began.elapsed() > GOOD_SESSION {
             backoff.reset();
         }

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::lease::Lease;
 use super::progress::Caution;
@@ -195,7 +195,7 @@ fn first(published: Option<Error>, read: Option<Error>) -> Result<(), Error> {
 /// Waits for the stations, or for a reason to end them; makes them drain where that can help, within limits.
 async fn end(
     stations: impl Future<Output = Result<(), Error>>,
-    watch: Watch,
+    mut watch: Watch,
     (halt, release): (&watch::Sender<bool>, &watch::Sender<bool>),
     settings: &Settings,
     stop: &mut watch::Receiver<bool>,
@@ -207,12 +207,25 @@ async fn end(
         result = &mut stations => result,
         () = stopped(stop) => {
             halt.send_replace(true);
-            timeout(settings.drain_timeout, stations).await.unwrap_or_else(|_| {
+            // A machine that goes down stops both, and the server would wait for us for as long as we do for the broker.
+            let server_goes = async {
+                // A catalog that is slow, or wrong, waits for nobody.
+                if !matches!((&mut watch).await, pg::Error::GoingAway(_) | pg::Error::Closed | pg::Error::Sql(_)) {
+                    std::future::pending::<()>().await;
+                }
+                sleep(SERVER_STOP_GRACE).await;
+            };
+            let drained = tokio::select! {
+                biased;
+                drained = timeout(settings.drain_timeout, &mut stations) => drained.ok(),
+                () = server_goes => None,
+            };
+            drained.unwrap_or_else(|| {
                 tracing::warn!("stopping without all confirms: what is in flight will be published again, nothing is lost");
                 Ok(())
             })
         }
-        error = watch => {
+        error = &mut watch => {
             if error.retry() == Retry::Never {
                 // What was read before the world changed still counts.
                 halt.send_replace(true);

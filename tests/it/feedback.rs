@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use pgoutbox::servers::{Postgres, RabbitMq};
 
 use crate::support::consumer::Consumer;
@@ -191,4 +192,46 @@ async fn postgres_stops_fast_whatever_the_broker_does() {
     let rows: usize = outbox.text("select count(*) from outbox").await.unwrap().parse().unwrap();
     consumer.wait_distinct(rows).await;
     assert_eq!(relay.stop(), 0);
+}
+
+/// Both are told to stop, as when a machine goes down: what the broker holds back must not keep the server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_stops_fast_while_the_relay_is_stopping_too() {
+    let mut postgres = Postgres::start(&[]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
+    outbox.amqp = through(&link);
+    let _consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
+    outbox.insert("held").await;
+    eventually("it is in flight", || async { relay.metric("pgoutbox_in_flight_messages") == 1.0 }).await;
+    relay.signal(Signal::SIGTERM);
+    eventually("the relay is stopping", || async { relay.log().contains("stopping: settling") }).await;
+    let took = postgres.stop("fast", Duration::from_secs(5));
+    took.unwrap_or_else(|error| panic!("{error}\n{}", relay.log()));
+    link.heal();
+    assert_eq!(relay.exit_code(), 0);
+}
+
+/// A stop that its peers interrupt is one, and no session follows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_that_a_crash_of_postgres_interrupts_announces_no_other_session() {
+    let mut postgres = Postgres::start(&[]).unwrap();
+    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
+    outbox.amqp = through(&link);
+    let _consumer = Consumer::start(&outbox).await;
+    let relay = Relay::start(&outbox);
+    relay.ready().await;
+    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
+    outbox.insert("held").await;
+    eventually("it is in flight", || async { relay.metric("pgoutbox_in_flight_messages") == 1.0 }).await;
+    relay.signal(Signal::SIGTERM);
+    eventually("the relay is stopping", || async { relay.log().contains("stopping: settling") }).await;
+    postgres.kill().unwrap();
+    let (code, log) = relay.ended();
+    assert_eq!(code, 0, "{log}");
+    assert!(!log.contains("next in"), "{log}");
 }

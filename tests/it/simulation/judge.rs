@@ -135,7 +135,8 @@ fn parted_well(state: &mut State, life: usize) {
         return;
     };
     let stream = &state.streams[number];
-    if stream.settled != stream.published.len() || stream.is_excused {
+    // A server that stops too is not kept waiting.
+    if stream.settled != stream.published.len() || stream.is_excused || state.lives[life].is_leaving {
         return;
     }
     if stream.in_transaction {
