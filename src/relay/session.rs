@@ -79,6 +79,7 @@ pub(super) async fn run<D: Database, B: Broker>(
         }
     };
     progress.hold();
+    note_doubt(progress, common.metrics);
     common.metrics.opened();
     common.metrics.heard(Instant::now(), opened.silence_max);
     if progress.caution().until.is_some() {
@@ -113,6 +114,14 @@ fn note_contention(error: &Error, progress: &mut Progress, metrics: &Metrics) {
         progress.contend();
         // What was in flight here is somebody else's to publish now.
         metrics.oldest(None);
+    }
+}
+
+/// A refused message may never come again: another relay has delivered it, or a failover has undone it. If it does come, and
+/// is refused again, that is said again.
+fn note_doubt(progress: &Progress, metrics: &Metrics) {
+    if progress.caution().until.is_none() && metrics.taken() {
+        tracing::info!("the refused message may be delivered by another relay, or undone by a failover: going on");
     }
 }
 

@@ -259,6 +259,9 @@ async fn live(world: &World) {
             }
             sleep(Duration::from_millis(500)).await;
         }
+        if is_healed() && world.is_all_told() {
+            recovers(world, life, &metrics).await;
+        }
         told.set(Some(Instant::now()));
         world.with(|state| state.lives[life].is_stopping = true);
         stop.send_replace(true);
@@ -275,6 +278,22 @@ async fn live(world: &World) {
         () = end => judge::quiet(world, life),
     }
     judge::paused(world, life, metrics.sessions.get_or_create(&End { end: "paused" }).get());
+}
+
+/// Everything is told and nothing goes wrong any more: who has the slot says so, and that nothing waits.
+async fn recovers(world: &World, life: usize, metrics: &Metrics) {
+    for _ in 0..300 {
+        let gauges = metrics.render();
+        let is_empty =
+            ["in_flight_messages 0", "in_flight_bytes 0", "oldest_unsettled_seconds 0.0", "broker_blocked 0"]
+                .iter()
+                .all(|gauge| gauges.contains(&format!("pgoutbox_{gauge}\n")));
+        if !world.with(|state| state.streams_now(life)) || metrics.reasons().is_empty() && is_empty {
+            return;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    world.accuse(format!("all is well and told, and it says {:?} {}", metrics.reasons(), metrics.render()));
 }
 
 /// Now and then the process does not run for a while, and the world does.

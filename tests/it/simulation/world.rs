@@ -343,6 +343,15 @@ impl State {
         }
     }
 
+    /// Whether this process has the slot, and a stream.
+    pub(super) fn streams_now(&self, life: usize) -> bool {
+        let stream = self.lives[life].stream.filter(|stream| self.holder == Some(*stream));
+        stream.is_some_and(|stream| {
+            let stream = &self.streams[stream];
+            stream.free_at.is_none() && stream.epoch == self.epoch
+        })
+    }
+
     /// The process has to end now, and for this reason.
     pub(super) fn dooms(&mut self, life: usize, cause: Cause) {
         let life = &mut self.lives[life];
