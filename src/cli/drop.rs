@@ -25,6 +25,10 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
+    // Its slot would go, and the publication, which is the primary's, stay.
+    if let Some(standby) = super::check::standby(&world, &control) {
+        return Err(Error::Found(format!("nothing changed: {standby}")));
+    }
     if let Some(slot) = &world.slot {
         ours(slot, &names.slot, &world)?;
     }

@@ -38,6 +38,10 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let names = &config.names;
     let control = Control::open(&config.postgres).await?;
     let world = control.inspect(names).await?;
+    // It would get a slot of its own, which no relay reads and which keeps its WAL for ever.
+    if let Some(standby) = super::check::standby(&world, &control) {
+        return Err(Error::Found(format!("nothing was made: {standby}")));
+    }
     if let (None, Some(lacking)) = (&world.table, lacking(config)) {
         let print = as_called("pgoutbox init --print-sql");
         let text = format!(

@@ -2,6 +2,7 @@
 //!
 //! The trap: `--print-sql` that nobody ever pastes rots. Here it is pasted, and the relay runs as the role that it makes.
 
+mod setting_up;
 mod words;
 
 use std::io::{BufRead, BufReader, Write};

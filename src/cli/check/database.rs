@@ -33,7 +33,7 @@ fn relay(config: &Config) -> Postgres {
     }
 }
 
-fn standby(world: &World, control: &Control) -> Option<Finding> {
+pub(in crate::cli) fn standby(world: &World, control: &Control) -> Option<Finding> {
     let remedy = Remedy::act("name the primary in postgres.url, or all hosts; the relay waits for one");
     world.in_recovery.then(|| Finding::new(format!("{} is a standby", control.place()), remedy))
 }

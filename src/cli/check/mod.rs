@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::finding::{Finding, Look, Step, Verdict, word};
 use crate::sink::rabbitmq::probe::Deep;
 
-pub(super) use database::findings;
+pub(super) use database::{findings, standby};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {

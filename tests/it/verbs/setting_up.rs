@@ -1,0 +1,49 @@
+//! `init` and `drop` where they could do harm: on a standby, beside another one, in somebody else's database.
+//!
+//! The trap: both stop with 78 there as well as anywhere, so each test looks at what is left behind.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use pgoutbox::servers::Postgres;
+use tokio::time::interval;
+
+use super::{WORLD, command, empty, outbox, told, verb};
+use crate::support::relay::Relay;
+use crate::support::{Outbox, TABLE, connect, eventually, postgres_18, shared_postgres, shared_rabbitmq};
+
+async fn slots(outbox: &Outbox) -> String {
+    outbox.text("select count(*) from pg_replication_slots").await.unwrap()
+}
+
+/// The same outbox, for a login without a password.
+async fn seen_by(role: &str, outbox: &Outbox) -> Outbox {
+    let url = shared_postgres().url_for(role, None, &outbox.name);
+    Outbox { client: connect(&url).await, url, amqp: outbox.amqp.clone(), name: outbox.name.clone() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn init_and_drop_leave_a_standby_as_it_is() {
+    let mut primary = Postgres::start_from(&postgres_18(), &[]).unwrap();
+    let outbox = Outbox::create_for(&primary, String::new()).await;
+    let standby = primary.standby(&[("hot_standby_feedback", "on")]).unwrap();
+    let url = standby.url_for("postgres", None, &outbox.name);
+    let standby = Outbox { client: connect(&url).await, url, ..outbox };
+    // A slot of a standby begins where the primary says what runs there.
+    let admin = connect(&primary.url()).await;
+    let snapshots = tokio::spawn(async move {
+        let mut ticks = interval(Duration::from_millis(100));
+        loop {
+            ticks.tick().await;
+            admin.batch_execute("select pg_log_standby_snapshot()").await.unwrap();
+        }
+    });
+    let (code, out, err) = verb(&standby, &["init"]);
+    assert!(code == WORLD && err.contains("is a standby. Remedy: name the primary in postgres.url"), "{out}{err}");
+    assert_eq!(slots(&standby).await, "0", "{out}{err}");
+    standby.create_slot().await;
+    let (code, out, err) = verb(&standby, &["drop", "--yes"]);
+    assert!(code == WORLD && err.contains("is a standby. Remedy: name the primary in postgres.url"), "{out}{err}");
+    assert_eq!(slots(&standby).await, "1", "{out}{err}");
+    snapshots.abort();
+}
