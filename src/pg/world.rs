@@ -239,6 +239,18 @@ impl World {
         findings
     }
 
+    /// A slot that a session is still making. Nothing may be said to be ready before: what is committed until then is before
+    /// its first position. A relay that finds it so waits, as for one that is in use.
+    pub fn unfinished_slot(&self, names: &Names) -> Option<Finding> {
+        let slot = self.slot.as_ref().filter(|slot| slot.plugin.is_some() && slot.confirmed == Lsn::ZERO)?;
+        let problem = format!(
+            "replication slot {} is still being made by backend {}: rows committed until then are not in its stream",
+            names.slot, slot.active_pid?
+        );
+        let wait = "wait for the transactions that were open before (see pg_stat_activity), or end them";
+        Some(Finding::new(problem, Remedy::act(wait).then_shell(INIT)))
+    }
+
     fn missing_slot(&self) -> Remedy {
         let remedy = if self.slots_used < self.slots_max {
             Remedy::shell(INIT)

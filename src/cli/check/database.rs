@@ -20,6 +20,7 @@ pub(in crate::cli) async fn findings(config: &Config, control: &Control) -> Resu
     let world = control.inspect(&config.names).await?;
     let mut findings = relay(config).findings(&world);
     findings.extend(standby(&world, control));
+    findings.extend(world.unfinished_slot(&config.names));
     Ok(findings)
 }
 
@@ -98,8 +99,11 @@ fn outbox(config: &Config, world: &World) -> Vec<Look> {
     }
     let mut looks = Look::each(&format!("table {}", names.qualified()), table);
     looks.extend(Look::each(&format!("publication {}", names.publication), world.publication_findings(names)));
-    looks.extend(Look::each(&format!("slot {}", names.slot), world.slot_findings(names)));
-    looks.extend(held(config, world));
+    let (mut slot, unfinished) = (world.slot_findings(names), world.unfinished_slot(names));
+    let held = if unfinished.is_none() { held(config, world) } else { None };
+    slot.extend(unfinished);
+    looks.extend(Look::each(&format!("slot {}", names.slot), slot));
+    looks.extend(held);
     looks
 }
 

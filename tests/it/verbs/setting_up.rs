@@ -47,3 +47,25 @@ async fn init_and_drop_leave_a_standby_as_it_is() {
     assert_eq!(slots(&standby).await, "1", "{out}{err}");
     snapshots.abort();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_is_still_being_made_is_not_ready() {
+    let outbox = empty().await;
+    let older = connect(&outbox.url).await;
+    older.batch_execute("begin; select pg_current_xact_id()").await.unwrap();
+    let first = command(&outbox, &["init"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let is_there = format!("select 1 from pg_replication_slots where slot_name = '{}'", outbox.name);
+    eventually("the slot is there", || async { outbox.text(&is_there).await.is_some() }).await;
+    // What is committed now is before the slot's first position, and so in no stream.
+    outbox.insert("placed").await;
+    let (code, out, err) = verb(&outbox, &["init"]);
+    assert!(code == WORLD && err.contains("is still being made") && !out.contains("ready"), "{code} {out}{err}");
+    let (code, out, err) = verb(&outbox, &["check"]);
+    assert!(code == WORLD && out.contains("is still being made"), "{code} {out}{err}");
+    let (code, out, err) = verb(&outbox, &["status"]);
+    assert!(code == 0 && out.contains("is still being made"), "{code} {out}{err}");
+    older.batch_execute("commit").await.unwrap();
+    let (code, out, err) = told(&first.wait_with_output().unwrap());
+    assert!(code == 0 && out.contains("ready"), "{code} {out}{err}");
+    assert_eq!(verb(&outbox, &["init"]).0, 0);
+}
