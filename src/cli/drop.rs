@@ -7,6 +7,8 @@ use std::io::{BufRead, IsTerminal};
 use super::{say, write_out};
 use crate::config::Config;
 use crate::error::Error;
+use crate::finding::{Finding, Remedy};
+use crate::pg;
 use crate::pg::catalog::Control;
 use crate::pg::replication::Replication;
 use crate::pg::world::{Slot, World, identifier, literal};
@@ -48,17 +50,36 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     if !arguments.yes && !confirmed()? {
         return say("nothing changed");
     }
+    remove(config, &control, &world).await?;
     if world.slot.is_some() {
-        let sql = format!("select pg_catalog.pg_drop_replication_slot({})", literal(&names.slot));
-        control.change(&sql).await?;
         say(&format!("slot {} dropped", names.slot))?;
     }
     if world.publication.is_some() {
-        let sql = format!("drop publication {}", identifier(&names.publication));
-        control.change(&sql).await?;
         say(&format!("publication {} dropped", names.publication))?;
     }
     Ok(())
+}
+
+/// Both or nothing: the publication, which a transaction gives back, before the slot, which none does.
+async fn remove(config: &Config, control: &Control, world: &World) -> Result<(), Error> {
+    let names = &config.names;
+    let publication =
+        world.publication.as_ref().map(|_| format!("drop publication {}", identifier(&names.publication)));
+    let slot = format!("select pg_catalog.pg_drop_replication_slot({})", literal(&names.slot));
+    let slot = world.slot.as_ref().map(|_| slot);
+    let statements: Vec<String> = publication.into_iter().chain(slot).collect();
+    match control.change(&format!("begin; {}; commit", statements.join("; "))).await {
+        Err(pg::Error::Server(error)) => {
+            let remedy = match error.code() {
+                "42501" => Remedy::act("drop as the publication's owner with REPLICATION, or as a superuser"),
+                "55006" => Remedy::act("stop the relay first"),
+                _ => Remedy::default(),
+            };
+            let found = Finding::new(format!("nothing changed: {}", error.plain()), remedy);
+            Err(Error::Found(found.to_string()))
+        }
+        changed => Ok(changed?),
+    }
 }
 
 /// Slots belong to a cluster, and their names are few: one that is somebody else's is not ours to remove. Postgres would.

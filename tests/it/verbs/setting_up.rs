@@ -69,3 +69,20 @@ async fn a_slot_that_is_still_being_made_is_not_ready() {
     assert!(code == 0 && out.contains("ready"), "{code} {out}{err}");
     assert_eq!(verb(&outbox, &["init"]).0, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drop_removes_both_or_nothing() {
+    let outbox = outbox().await;
+    let role = format!("{}_setup", outbox.name);
+    outbox.sql(&format!("create role {role} login replication")).await;
+    let (code, out, err) = verb(&seen_by(&role, &outbox).await, &["drop", "--yes"]);
+    assert!(code == WORLD && err.contains("nothing changed") && err.contains("owner"), "{code} {out}{err}");
+    assert!(!err.contains("ALTER ROLE") && !out.contains("dropped"), "{out}{err}");
+    outbox.confirmed().await;
+    outbox.sql(&format!("alter role {role} superuser; alter role {role} set default_transaction_read_only = on")).await;
+    let (code, out, err) = verb(&seen_by(&role, &outbox).await, &["drop", "--yes"]);
+    assert!(code == WORLD && err.contains("nothing changed"), "{code} {out}{err}");
+    outbox.confirmed().await;
+    let (code, out, err) = verb(&outbox, &["drop", "--yes"]);
+    assert!(code == 0 && out.matches("dropped").count() == 2, "{code} {out}{err}");
+}
