@@ -89,6 +89,9 @@ impl Creation<'_> {
         };
         match result {
             Ok(()) => say(&format!("{kind} {name} created")),
+            Err(pg::Error::Server(error)) if self.was_made_meanwhile(kind, &error).await => {
+                say(&format!("{kind} {name} is there"))
+            }
             Err(pg::Error::Server(error)) => {
                 let problem = format!("{kind} {name} cannot be made: {}", error.plain());
                 let remedy = self.remedy(kind, &error).await.unwrap_or_default();
@@ -96,6 +99,20 @@ impl Creation<'_> {
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether another one was faster, who set up at the same time.
+    async fn was_made_meanwhile(&self, kind: &str, error: &ServerError) -> bool {
+        // A table, anything else, and what the catalog's own index says of one that was not committed yet.
+        if !["42P07", "42710", "23505"].contains(&error.code()) {
+            return false;
+        }
+        let world = self.control.inspect(&self.config.names).await;
+        world.is_ok_and(|world| match kind {
+            "table" => world.table.is_some(),
+            "publication" => world.publication.is_some(),
+            _ => world.slot.is_some(),
+        })
     }
 
     /// What lets this role make it.

@@ -70,6 +70,26 @@ async fn a_slot_that_is_still_being_made_is_not_ready() {
     assert_eq!(verb(&outbox, &["init"]).0, 0);
 }
 
+/// What another one makes is not seen before its commit, and is in the way before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_that_set_up_at_once_both_are_ready() {
+    for (before, made) in [
+        ("", TABLE.replace("{table}", "public.outbox")),
+        (TABLE, "create publication pgoutbox for table outbox with (publish = 'insert')".to_owned()),
+    ] {
+        let outbox = empty().await;
+        outbox.sql(&before.replace("{table}", "public.outbox")).await;
+        let other = connect(&outbox.url).await;
+        other.batch_execute(&format!("begin; {made}")).await.unwrap();
+        let init = command(&outbox, &["init"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let waits = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        eventually("it waits for the other", || async { outbox.text(waits).await.is_some() }).await;
+        other.batch_execute("commit").await.unwrap();
+        let (code, out, err) = told(&init.wait_with_output().unwrap());
+        assert!(code == 0 && out.contains("is there") && out.contains("ready"), "{code} {out}{err}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drop_removes_both_or_nothing() {
     let outbox = outbox().await;
