@@ -13,5 +13,6 @@ grant connect, create on database {database} to pgoutbox_setup;
 grant connect on database {database} to pgoutbox_relay;
 -- A table that exists already has an owner, and only the owner can publish it. Leave out its statement below, and:
 --   grant <owner> to pgoutbox_setup;
+-- Where a superuser owns it, let one make the publication instead: who is in a superuser's role can be one.
 -- The relay reads no table. For the last rows in `check --deep` it may:
 --   grant select on {table} to pgoutbox_relay;

@@ -140,9 +140,19 @@ impl Creation<'_> {
             return Some(Remedy::sql(format!("GRANT USAGE ON SCHEMA {schema} TO {role}")));
         }
         if is_publication {
-            let owner = self.world.table.as_ref().map(|table| identifier(&table.owner))?;
-            let remedy = Remedy::sql(format!("GRANT {owner} TO {role}"));
-            return Some(remedy.mind("Only the owner of a table can publish it"));
+            let table = self.world.table.as_ref()?;
+            let (grant, why) =
+                (format!("GRANT {} TO {role}", identifier(&table.owner)), "Only the owner of a table can publish it");
+            if table.is_superusers {
+                let names = &self.config.names;
+                let publish = format!(
+                    "CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root = true)",
+                    identifier(&names.publication),
+                    names.qualified()
+                );
+                return Some(Remedy::sql(publish).mind(format!("{why}, and this one's is a superuser")));
+            }
+            return Some(Remedy::sql(grant).mind(why));
         }
         let is_enough = privileges.uses_schema && privileges.creates_in_schema;
         (!is_enough).then(|| Remedy::sql(format!("GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}")))

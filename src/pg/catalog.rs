@@ -301,7 +301,8 @@ impl Control {
         let rows = self
             .all(
                 "select c.oid, c.relkind::text, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname), \
-                 pg_catalog.pg_get_userbyid(c.relowner)::text from pg_catalog.pg_class c \
+                 pg_catalog.pg_get_userbyid(c.relowner)::text, \
+                 exists (select from pg_catalog.pg_roles where oid = c.relowner and rolsuper) from pg_catalog.pg_class c \
                  join pg_catalog.pg_namespace n on n.oid = c.relnamespace where n.nspname = $1 and c.relname = $2",
                 &[&schema, &name],
             )
@@ -335,6 +336,7 @@ impl Control {
         let mut table = Table {
             oid,
             owner: row.try_get(4)?,
+            is_superusers: row.try_get(5)?,
             kind: row.try_get(1)?,
             columns: columns.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, Error>>()?,
             generated: generated(&columns)?,

@@ -152,6 +152,8 @@ pub struct Table {
     pub oid: u32,
     /// Its owner's name.
     pub owner: String,
+    /// Whether that is a superuser, whose role is nobody's to be given.
+    pub is_superusers: bool,
     /// `r`: a table, `p`: a partitioned one.
     pub kind: String,
     /// Its columns and the OIDs of their types.
@@ -418,6 +420,7 @@ mod tests {
             table: Some(Table {
                 oid: 7,
                 owner: "admin".to_owned(),
+                is_superusers: false,
                 kind: "r".to_owned(),
                 columns: vec![("id".to_owned(), 2950), ("note".to_owned(), 25)],
                 generated: Vec::new(),
