@@ -318,9 +318,12 @@ impl Control {
             .await?;
         let family = self
             .all(
-                "select c.oid, t.isleaf, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname) \
+                "select c.oid, t.isleaf, c.relpersistence = 'u', pg_catalog.format('%I.%I', n.nspname, c.relname), \
+                 case when c.relkind = 'f' then pg_catalog.format('%I.%I', m.nspname, p.relname) end \
                  from pg_catalog.pg_partition_tree($1::oid::regclass) t join pg_catalog.pg_class c on c.oid = t.relid \
-                 join pg_catalog.pg_namespace n on n.oid = c.relnamespace where t.relid <> $1::oid",
+                 join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+                 join pg_catalog.pg_class p on p.oid = t.parentrelid \
+                 join pg_catalog.pg_namespace m on m.oid = p.relnamespace where t.relid <> $1::oid",
                 &[&oid],
             )
             .await?;
@@ -344,13 +347,16 @@ impl Control {
             family: vec![oid],
             heirs: heirs.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<_, Error>>()?,
             unlogged: Vec::new(),
+            foreign: Vec::new(),
         };
         if table.kind == "r" {
             table.add(row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
         }
         for row in &family {
             table.family.push(row.try_get(0)?);
-            if row.try_get(1)? {
+            if let Some(parent) = row.try_get(4)? {
+                table.foreign.push((row.try_get(3)?, parent));
+            } else if row.try_get(1)? {
                 table.add(row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
             }
         }

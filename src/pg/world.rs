@@ -168,6 +168,8 @@ pub struct Table {
     pub heirs: Vec<String>,
     /// Those of the tables that hold its rows and are unlogged: schema and name, quoted.
     pub unlogged: Vec<String>,
+    /// Partitions that are foreign tables, and what each is a partition of: schema and name, quoted.
+    pub foreign: Vec<(String, String)>,
 }
 
 impl World {
@@ -288,7 +290,17 @@ impl World {
             );
             Finding::new(problem, remedy)
         };
-        table.unlogged.iter().map(logged).chain(table.heirs.iter().map(disowned)).collect()
+        let detached = |(partition, parent): &(String, String)| {
+            let problem = format!(
+                "partition {partition} of {name} is a foreign table: its rows are in another server's write-ahead log, so \
+                 they would pass by"
+            );
+            let remedy = Remedy::sql(format!("ALTER TABLE {parent} DETACH PARTITION {partition}"))
+                .mind("Rows that were inserted through it are not in the stream: reconcile them from the table");
+            Finding::new(problem, remedy)
+        };
+        let foreign = table.foreign.iter().map(detached);
+        table.unlogged.iter().map(logged).chain(foreign).chain(table.heirs.iter().map(disowned)).collect()
     }
 
     fn missing_table(&self, names: &Names) -> Remedy {
@@ -365,7 +377,7 @@ impl Slot {
 impl Table {
     /// Whether rows of it can be in a stream at all; if not, that is said and nothing more.
     pub(super) fn is_streamable(&self) -> bool {
-        matches!(self.kind.as_str(), "r" | "p") && self.unlogged.is_empty()
+        matches!(self.kind.as_str(), "r" | "p") && self.unlogged.is_empty() && self.foreign.is_empty()
     }
 }
 
@@ -428,6 +440,7 @@ mod tests {
                 family: vec![7],
                 heirs: Vec::new(),
                 unlogged: Vec::new(),
+                foreign: Vec::new(),
             }),
         }
     }

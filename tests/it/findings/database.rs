@@ -157,6 +157,21 @@ cases! {
         ],
         "public.outbox_2 is unlogged", Stops, "ALTER TABLE public.outbox_2 SET LOGGED;";
 
+    a_foreign_partition_is_detached:
+        [
+            Sql("drop publication pgoutbox; drop table outbox"),
+            Sql("create table outbox (id int, aggregatetype text, aggregateid text, type text, payload jsonb) \
+                 partition by list (id)"),
+            Sql("create table outbox_1 partition of outbox for values in (1)"),
+            Sql("create table \"Far\" partition of outbox default partition by list (aggregateid)"),
+            Sql("create foreign data wrapper nowhere; create server nowhere foreign data wrapper nowhere"),
+            Sql("create foreign table outbox_2 partition of \"Far\" default server nowhere"),
+            Sql("create publication pgoutbox for all tables with (publish = 'insert')"),
+            Sql("alter publication pgoutbox set (publish_via_partition_root = true)"),
+        ],
+        "partition public.outbox_2 of public.outbox is a foreign table", Stops,
+        "ALTER TABLE public.\"Far\" DETACH PARTITION public.outbox_2;";
+
     a_column_that_is_missing_is_added:
         [Sql("alter table outbox drop column aggregateid")],
         "column aggregateid or aggregate_id is missing", Stops,
