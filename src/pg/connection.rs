@@ -43,6 +43,10 @@ const PINNED: &str = "-c datestyle=ISO -c intervalstyle=postgres -c bytea_output
 /// gives up leaves its backend waiting there; the next attempt leaves one more. So the server gives up first.
 const PATIENCE: &str = "-c lock_timeout=2s -c statement_timeout=8s";
 
+/// Whoever owns a database can set a search path in which the catalog comes last, and put a function or an operator of their
+/// own before it: it would run as our role. Not for the stream, where it decides how a `regclass` looks as text.
+const CATALOG_ONLY: &str = "-c search_path=pg_catalog";
+
 /// A walsender decodes what may be large, and waits for nothing but WAL.
 const NO_HURRY: &str = "-c lock_timeout=0 -c statement_timeout=0";
 
@@ -151,9 +155,9 @@ impl Connection {
             password_from: None,
         };
         let mut connection = Self::over(socket);
-        let limits = if purpose == Purpose::Sql { PATIENCE } else { NO_HURRY };
-        let options = settings.options.iter().map(String::as_str).chain([PINNED, limits]);
-        let options = options.collect::<Vec<_>>().join(" ");
+        let of_purpose = if purpose == Purpose::Sql { [PATIENCE, CATALOG_ONLY].as_slice() } else { &[NO_HURRY] };
+        let options = settings.options.iter().map(String::as_str).chain([PINNED]);
+        let options = options.chain(of_purpose.iter().copied()).collect::<Vec<_>>().join(" ");
         let mut parameters = vec![
             ("user", settings.user.as_str()),
             ("database", settings.database.as_str()),

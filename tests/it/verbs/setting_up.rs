@@ -106,3 +106,23 @@ async fn drop_removes_both_or_nothing() {
     let (code, out, err) = verb(&outbox, &["drop", "--yes"]);
     assert!(code == 0 && out.matches("dropped").count() == 2, "{code} {out}{err}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_search_path_that_hides_the_catalog_hides_nothing_from_a_look() {
+    let outbox = outbox().await;
+    let (name, hide) = (&outbox.name, "returns text language plpgsql as");
+    outbox
+        .sql(&format!(
+            "create schema other; create table other.seen (what text); \
+             create function other.current_setting(text) {hide} \
+             $$ begin insert into other.seen values ($1); return pg_catalog.current_setting($1); end $$; \
+             create function other.same(oid, oid) returns bool language plpgsql as \
+             $$ begin insert into other.seen values ('operator'); return $1::int8 = $2::int8; end $$; \
+             create operator other.= (leftarg = oid, rightarg = oid, function = other.same); \
+             alter database {name} set search_path = other, pg_catalog"
+        ))
+        .await;
+    let (code, out, err) = verb(&outbox, &["check", "--deep"]);
+    assert_eq!(code, 0, "{out}{err}");
+    assert_eq!(outbox.text("select string_agg(distinct what, ' ') from other.seen").await, None);
+}
