@@ -94,7 +94,7 @@ impl Circumstances {
             }
             _ => return Some(Look::sound(what)),
         };
-        let remedy = Remedy::sql(format!("ALTER ROLE {} SET wal_sender_timeout = '60s'", identifier(&world.role)));
+        let remedy = Remedy::sql(format!("ALTER ROLE {} SET wal_sender_timeout = '60s'", identifier(&world.login)));
         Some(Look::note(what, problem, remedy))
     }
 

@@ -140,13 +140,13 @@ impl Control {
             .one(
                 "select current_setting('server_version_num')::int, pg_catalog.pg_is_in_recovery(), \
                  current_setting('wal_level'), current_database()::text, current_user::text, \
-                 coalesce((select rolreplication or rolsuper from pg_catalog.pg_roles where rolname = current_user), \
+                 coalesce((select rolreplication or rolsuper from pg_catalog.pg_roles where rolname = session_user), \
                  false) \
                  or exists (select from pg_catalog.pg_roles where rolname = 'rds_replication' \
-                 and pg_catalog.pg_has_role(current_user, oid, 'usage')), \
+                 and pg_catalog.pg_has_role(session_user, oid, 'usage')), \
                  current_setting('max_replication_slots')::int, \
                  (select count(*)::int from pg_catalog.pg_replication_slots), \
-                 current_setting('idle_replication_slot_timeout', true)",
+                 current_setting('idle_replication_slot_timeout', true), session_user::text",
                 &[],
             )
             .await?;
@@ -161,6 +161,7 @@ impl Control {
             slots_max: count(&server, 6)?,
             slots_used: count(&server, 7)?,
             idle_timeout: server.try_get(8)?,
+            login: server.try_get(9)?,
             slot: self.slot(&names.slot).await?,
             // Before the publication: a partition that is made between the two is in it, and not a hole.
             table: self.table(&names.schema, &names.table).await?,

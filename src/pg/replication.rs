@@ -167,7 +167,8 @@ impl Replication {
     /// # Errors
     /// What would end a stream at its beginning; `Server` with 55006 when the slot is in use, with 57014 when it takes long.
     pub async fn peek(&mut self, slot: &str, publication: &str, changes: u32) -> Result<u64, Error> {
-        self.ask(&format!("set statement_timeout = {PEEK_MILLISECONDS}")).await?;
+        // Decoding by SQL asks for the rights of the role that was taken on, the stream for those of the one that logged in.
+        self.ask(&format!("set role none; set statement_timeout = {PEEK_MILLISECONDS}")).await?;
         let command = format!(
             "select count(*) filter (where pg_catalog.get_byte(data, 0) = {INSERT}) from \
              pg_catalog.pg_logical_slot_peek_binary_changes({}, null, {changes}, 'proto_version', '1', \

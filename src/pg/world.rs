@@ -66,7 +66,9 @@ pub struct World {
     pub database: String,
     /// The role we are.
     pub role: String,
-    /// Whether that role may replicate.
+    /// The role that logged in: another one where `ALTER ROLE ... SET role` makes it so. A walsender asks for its rights.
+    pub login: String,
+    /// Whether that one may replicate.
     pub may_replicate: bool,
     /// `max_replication_slots`.
     pub slots_max: u32,
@@ -191,9 +193,9 @@ impl World {
             findings.push(Finding::new(format!("wal_level is {}", self.wal_level), remedy));
         }
         if !self.may_replicate {
-            let remedy = Remedy::sql(format!("ALTER ROLE {} REPLICATION", identifier(&self.role)))
+            let remedy = Remedy::sql(format!("ALTER ROLE {} REPLICATION", identifier(&self.login)))
                 .mind("Managed services have a role to grant instead, such as rds_replication");
-            findings.push(Finding::new(format!("role {} may not replicate", self.role), remedy));
+            findings.push(Finding::new(format!("role {} may not replicate", self.login), remedy));
         }
         findings
     }
@@ -402,6 +404,7 @@ mod tests {
             wal_level: "logical".to_owned(),
             database: "shop".to_owned(),
             role: "relay".to_owned(),
+            login: "relay".to_owned(),
             may_replicate: true,
             slots_max: 10,
             slots_used: 1,

@@ -76,7 +76,7 @@ async fn rows(config: &Config, control: &Control, world: &World) -> (Vec<Look>, 
     let (Some(table), Ok(mut layout)) = (&world.table, layout) else { return (Vec::new(), Vec::new()) };
     let rows = match control.last_rows(table, &columns, layout.payload()).await {
         Ok(rows) => rows,
-        Err(error) => return (vec![unreadable(what, &error, config, control).await], Vec::new()),
+        Err(error) => return (vec![unreadable(what, &error, config, control, world).await], Vec::new()),
     };
     let nowhere = Transaction::new(Lsn::ZERO, 0);
     let mut problems = BTreeMap::new();
@@ -93,7 +93,9 @@ async fn rows(config: &Config, control: &Control, world: &World) -> (Vec<Look>, 
         let problem = format!("row {id} would stop the relay: {problem}");
         looks.push(Look::note(what.clone(), problem, Remedy::act("mend what writes such rows")));
     }
-    if looks.is_empty() {
+    if rows.is_empty() {
+        looks.push(Look::sound(format!("{what}: none that role {} can see", world.role)));
+    } else if looks.is_empty() {
         looks.push(Look::sound(format!("{what}: each of {} makes a message", rows.len())));
     }
     (looks, samples)
@@ -104,8 +106,8 @@ fn values(row: &Sampled) -> Tuple {
 }
 
 /// A relay reads no table, so it need not be allowed to.
-async fn unreadable(what: String, error: &pg::Error, config: &Config, control: &Control) -> Look {
-    let (role, names) = (identifier(&config.postgres.user), &config.names);
+async fn unreadable(what: String, error: &pg::Error, config: &Config, control: &Control, world: &World) -> Look {
+    let (role, names) = (identifier(&world.role), &config.names);
     match error {
         pg::Error::Server(error) if error.code() == "42501" => {
             // Its words are another language's elsewhere, and names in them say anything.

@@ -126,3 +126,27 @@ async fn a_search_path_that_hides_the_catalog_hides_nothing_from_a_look() {
     assert_eq!(code, 0, "{out}{err}");
     assert_eq!(outbox.text("select string_agg(distinct what, ' ') from other.seen").await, None);
 }
+
+/// As those are that some vaults make for an hour.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_role_that_logs_in_replicates_whatever_role_it_takes_on() {
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let (group, role) = (format!("{}_app", outbox.name), format!("{}_vault", outbox.name));
+    outbox
+        .sql(&format!(
+            "create role {group} nologin; create role {role} login replication in role {group}; \
+             alter role {role} set role = '{group}'; grant select on outbox to {group}"
+        ))
+        .await;
+    let by_vault = seen_by(&role, &outbox).await;
+    let (code, out, err) = verb(&by_vault, &["check", "--deep"]);
+    assert!(code == 0 && out.contains("what is next can be decoded"), "{code} {out}{err}");
+    // Nor does it say of none that each is well.
+    assert!(out.contains(&format!("last rows of public.outbox: none that role {group} can see")), "{out}");
+    let relay = Relay::start(&by_vault);
+    relay.ready().await;
+    assert_eq!(relay.stop(), 0);
+    outbox.sql(&format!("alter role {role} noreplication; alter role {group} replication")).await;
+    let (code, out, err) = verb(&by_vault, &["check"]);
+    assert!(code == WORLD && out.contains(&format!("ALTER ROLE {role} REPLICATION;")), "{code} {out}{err}");
+}
