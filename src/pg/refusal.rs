@@ -4,6 +4,8 @@
 //! refused, then names in the message, and its words last. And a password that is asked for is never answered here: psql's
 //! `\password` asks whoever pastes it.
 
+use std::net::IpAddr;
+
 use super::error::{Attempt, ServerError};
 use super::world::identifier;
 use crate::finding::{Remedy, Step};
@@ -59,12 +61,15 @@ pub(super) fn login(attempt: &Attempt, error: &ServerError) -> Remedy {
 
 fn hba(attempt: &Attempt, error: &ServerError) -> Remedy {
     let (user, database) = (hba_name(&attempt.user), hba_name(&attempt.database));
-    let (kind, address) = match error.message().split('"').nth(1) {
-        Some("[local]") | None => ("local", String::new()),
+    // Between quotation marks of its language, and in all of them before the names of role and database.
+    let no_address = |letter: char| !letter.is_ascii_hexdigit() && letter != ':' && letter != '.';
+    let address = error.message().split(no_address).find_map(|word| word.parse::<IpAddr>().ok());
+    let (kind, address) = match address {
         Some(address) => {
-            let bits = if address.contains(':') { 128 } else { 32 };
+            let bits = if address.is_ipv6() { 128 } else { 32 };
             (if attempt.is_encrypted { "hostssl" } else { "host" }, format!(" {address}/{bits}"))
         }
+        None => ("local", String::new()),
     };
     let line = format!("{kind} {database} {user}{address} scram-sha-256");
     let encrypt = if attempt.is_encrypted || kind == "local" {
@@ -187,6 +192,18 @@ mod tests {
         ] {
             let step = mends("28000", message, routine);
             assert!(step.contains(mends_it) && !step.contains("ALTER"), "{step}");
+        }
+    }
+
+    #[test]
+    fn the_line_for_pg_hba_is_the_same_in_every_language() {
+        for (message, line) in [
+            ("no pg_hba.conf entry for host \"10.0.0.7\", user \"a\"", "host shop Relay 10.0.0.7/32 scram-sha-256"),
+            ("kein pg_hba.conf-Eintrag für Host »::1«, Benutzer »a«", "host shop Relay ::1/128 scram-sha-256"),
+            ("aucune entrée dans pg_hba.conf pour l'hôte « 10.0.0.7 »", "host shop Relay 10.0.0.7/32 scram-sha-256"),
+            ("kein pg_hba.conf-Eintrag für Host »[local]«, Benutzer »a«", "local shop Relay scram-sha-256"),
+        ] {
+            assert_eq!(mends("28000", message, ""), line, "{message}");
         }
     }
 
