@@ -50,10 +50,7 @@ pub(super) fn qualified(text: &str) -> Result<(String, String), String> {
     let mut rest = text;
     loop {
         let (part, tail) = match rest.strip_prefix('"') {
-            Some(quoted) => {
-                let (part, tail) = quoted.split_once('"').ok_or_else(wrong)?;
-                (part.to_owned(), tail)
-            }
+            Some(text) => quoted(text).ok_or_else(wrong)?,
             None => {
                 let end = rest.find('.').unwrap_or(rest.len());
                 let (part, tail) = rest.split_at(end);
@@ -72,6 +69,19 @@ pub(super) fn qualified(text: &str) -> Result<(String, String), String> {
         Ok([schema, table]) => Ok((schema, table)),
         Err(parts) if parts.len() == 1 => Ok(("public".to_owned(), parts.into_iter().next().unwrap_or_default())),
         Err(_) => Err(wrong()),
+    }
+}
+
+/// A name up to its closing quotation mark, and what follows; two of them are one that is a part of the name.
+fn quoted(text: &str) -> Option<(String, &str)> {
+    let mut name = String::new();
+    let mut rest = text;
+    loop {
+        let (part, tail) = rest.split_once('"')?;
+        name.push_str(part);
+        let Some(tail) = tail.strip_prefix('"') else { return Some((name, tail)) };
+        name.push('"');
+        rest = tail;
     }
 }
 
@@ -121,6 +131,7 @@ mod tests {
         assert_eq!(qualified("Outbox"), pair("public", "outbox"));
         assert_eq!(qualified("shop.Outbox"), pair("shop", "outbox"));
         assert_eq!(qualified("\"Shop.1\".\"Out\""), pair("Shop.1", "Out"));
+        assert_eq!(qualified(r#""a""."."the ""out""""#), pair("a\".", "the \"out\""));
         for wrong in ["", ".", "a.", ".b", "a.b.c", "\"a", "\"a\"b"] {
             assert!(qualified(wrong).is_err(), "{wrong}");
         }
