@@ -95,6 +95,14 @@ impl Values {
         known.map(|(name, _)| self.0.insert(name, value)).is_some()
     }
 
+    /// The same, where a keyword's first value counts.
+    pub(super) fn set_first(&mut self, keyword: &str, value: String) -> bool {
+        let mut one = Self::default();
+        let is_known = one.set(keyword, value);
+        one.0.into_iter().for_each(|(keyword, value)| self.set_if_missing(keyword, value));
+        is_known
+    }
+
     fn set_if_missing(&mut self, keyword: &'static str, value: String) {
         self.0.entry(keyword).or_insert(value);
     }

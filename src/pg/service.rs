@@ -1,7 +1,8 @@
 //! `pg_service.conf`: connection parameters under a name.
 //!
 //! The trap: the user's file hides nothing. A service that it does not hold is looked for in the system's file, but one
-//! that it does hold is taken from there alone.
+//! that it does hold is taken from there alone. And of a keyword that stands there twice the first value counts; in a
+//! connection string it is the last.
 
 use std::path::{Path, PathBuf};
 
@@ -67,7 +68,7 @@ fn parse(text: &str, name: &str, path: &Path) -> Result<Option<Values>, String> 
         if matches!(keyword, "service" | "servicefile") {
             return Err(wrong("a service cannot name another one"));
         }
-        if !values.set(keyword, value.to_owned()) {
+        if !values.set_first(keyword, value.to_owned()) {
             return Err(wrong("not a keyword of libpq"));
         }
     }
@@ -79,7 +80,7 @@ mod tests {
     use super::*;
 
     const FILE: &str =
-        "# comment\n[other]\nhost=wrong\n\n[shop]\nhost=db\nport=5433\npassword=a=b \n[shop2]\nhost=wrong\n";
+        "# comment\n[other]\nhost=wrong\n\n[shop]\nhost=db\nport=5433\nport=1\npassword=a=b \n[shop2]\nhost=wrong\n";
 
     #[test]
     fn a_service_is_its_own_group_and_no_other() {
