@@ -257,9 +257,16 @@ impl Control {
     }
 
     async fn publication(&self, name: &str, version: i32) -> Result<Option<Publication>, Error> {
-        let publications = "select pubinsert, pubviaroot, puballtables, pubupdate or pubdelete or pubtruncate \
-            from pg_catalog.pg_publication where pubname = $1";
-        let rows = self.all(publications, &[&name]).await?;
+        let schemas = if version >= VERSION_WITH_FILTERS {
+            "exists (select from pg_catalog.pg_publication_namespace where pnpubid = b.oid)"
+        } else {
+            "false"
+        };
+        let publications = format!(
+            "select pubinsert, pubviaroot, puballtables, pubupdate or pubdelete or pubtruncate, {schemas} \
+             from pg_catalog.pg_publication b where pubname = $1"
+        );
+        let rows = self.all(&publications, &[&name]).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         // PostgreSQL 15 brought publications of whole schemas as well.
         let filters = if version >= VERSION_WITH_FILTERS {
@@ -293,6 +300,7 @@ impl Control {
             via_root: row.try_get(1)?,
             all_tables: row.try_get(2)?,
             more_than_inserts: row.try_get(3)?,
+            names_schemas: row.try_get(4)?,
             tables: self.all(&tables, &[&name]).await?.iter().map(published).collect::<Result<_, _>>()?,
             members: self.all(members, &[&name]).await?.iter().map(member).collect::<Result<_, _>>()?,
         }))

@@ -33,7 +33,10 @@ impl World {
         let is_divided = table.kind == "p" && !publication.via_root;
         let is_part = |oid: u32| oid != table.oid && table.family.contains(&oid);
         let has_named_parts = is_divided && publication.members.iter().any(|(oid, _)| is_part(*oid));
-        if covering.len() < announced.len() {
+        // A list of partitions says nothing of a table that has none yet: then it counts how the next one would come in.
+        let is_member = publication.members.iter().any(|(oid, _)| *oid == table.oid);
+        let is_named = is_member || publication.all_tables || publication.names_schemas;
+        if covering.len() < announced.len() || announced.is_empty() && !is_named {
             let add = if has_named_parts {
                 self.publish_again(names)
             } else {

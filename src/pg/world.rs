@@ -124,6 +124,8 @@ pub struct Publication {
     pub more_than_inserts: bool,
     /// Whether it is `FOR ALL TABLES`.
     pub all_tables: bool,
+    /// Whether it names schemas.
+    pub names_schemas: bool,
     /// Whether partitions are announced as their root.
     pub via_root: bool,
     /// What it publishes: a partitioned table's partitions, unless they are announced as their root.
@@ -428,6 +430,7 @@ mod tests {
                 inserts: true,
                 more_than_inserts: false,
                 all_tables: false,
+                names_schemas: false,
                 via_root: true,
                 tables: vec![published(7)],
                 members: vec![(7, "public.t7".to_owned())],
@@ -558,6 +561,24 @@ mod tests {
         assert_eq!(steps(&world), ["outbox.table=public.t7"]);
         world.publication.as_mut().unwrap().tables.clear();
         assert_eq!(steps(&world).len(), 2, "`init`, and it into the publication");
+    }
+
+    #[test]
+    fn a_table_without_partitions_is_not_covered_by_having_none() {
+        let mut world = sound();
+        let table = world.table.as_mut().unwrap();
+        (table.kind, table.leaves) = ("p".to_owned(), Vec::new());
+        let publication = world.publication.as_mut().unwrap();
+        (publication.via_root, publication.tables) = (false, Vec::new());
+        assert_eq!(world.findings(&names()), [], "its partitions will be published");
+        world.publication.as_mut().unwrap().members.clear();
+        assert_eq!(steps(&world), ["ALTER PUBLICATION pgoutbox ADD TABLE public.outbox;"]);
+        let others: [fn(&mut Publication); 2] = [|p| p.all_tables = true, |p| p.names_schemas = true];
+        for publish in others {
+            let mut world = world.clone();
+            publish(world.publication.as_mut().unwrap());
+            assert!(!format!("{:?}", world.findings(&names())).contains("does not cover"));
+        }
     }
 
     #[test]
