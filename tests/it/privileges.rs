@@ -9,6 +9,7 @@ use lapin::options::ExchangeDeclareOptions;
 use lapin::types::FieldTable;
 use pgoutbox::servers::{Postgres, RabbitMq};
 use rcgen::PKCS_ECDSA_P256_SHA256;
+use tokio::sync::Mutex;
 
 use crate::door::{self_signed, show};
 use crate::findings::words;
@@ -20,6 +21,9 @@ const WORLD: i32 = 78;
 const PASSWORD: &str = "canary-4711";
 const SETUP: &str = "pgoutbox_setup";
 const RELAY: &str = "pgoutbox_relay";
+
+/// The broker's user has one name in every shop, and its permissions are of one.
+static USER: Mutex<()> = Mutex::const_new(());
 
 /// A database in which nobody may do anything that is not printed.
 struct Shop<'a> {
@@ -145,6 +149,7 @@ fn user(rabbitmq: &RabbitMq, printed: &str, declare: bool) -> (String, String) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_printed_is_enough_for_both_roles_and_the_user_of_the_broker() {
+    let _alone = USER.lock().await;
     let (postgres, rabbitmq) = (server(), shared_rabbitmq());
     for (by_hand, declare) in [(true, true), (false, false)] {
         let shop = Shop::open(&postgres).await;
@@ -314,6 +319,7 @@ async fn each_grant_of_the_relays_role_is_needed_and_named_when_it_is_missing() 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_permission_of_the_brokers_user_is_needed_and_named_when_it_is_missing() {
+    let _alone = USER.lock().await;
     let (postgres, rabbitmq) = (server(), shared_rabbitmq());
     let shop = Shop::open(&postgres).await;
     assert_eq!(shop.init().0, 0);
