@@ -18,6 +18,8 @@ mod oid {
     pub(super) const BPCHAR: u32 = 1042;
     pub(super) const VARCHAR: u32 = 1043;
     pub(super) const JSONB: u32 = 3802;
+    /// From here on types are made by users (`FirstNormalObjectId`).
+    pub(super) const OWN: u32 = 16_384;
 }
 
 /// A routing key that every outbox can have.
@@ -116,10 +118,13 @@ impl Search<'_> {
                 let name = &column.name;
                 self.problems
                     .push(format!("column {name} must be json, jsonb, text or bytea (its type's OID is {other})"));
-                let name = identifier(name);
-                let alter =
-                    format!("ALTER TABLE {} ALTER COLUMN {name} TYPE text USING {name}::text;", self.mapping.table);
-                self.then(Step::Sql(alter));
+                let (table, name) = (&self.mapping.table, identifier(name));
+                self.then(if other < oid::OWN {
+                    Step::Sql(format!("ALTER TABLE {table} ALTER COLUMN {name} TYPE text USING {name}::text;"))
+                } else {
+                    // As text, the bytes of a domain over bytea would be their hex digits.
+                    Step::Act(format!("make {name} of {table} one of these; a domain, what it is a domain over"))
+                });
                 None
             }
         }

@@ -324,6 +324,7 @@ fn unhex(text: &[u8]) -> Option<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finding::Step;
     use crate::outbox::Header;
     use crate::pg::pgoutput::{Message as Change, decode};
 
@@ -453,6 +454,18 @@ mod tests {
         chosen.columns.headers = Some("meta".to_owned());
         let error = chosen.layout(&columns(&USUAL)).unwrap_err().to_string();
         assert!(error.contains("column meta is missing"), "{error}");
+    }
+
+    #[test]
+    fn a_payload_of_a_type_of_ones_own_is_not_advised_to_become_text() {
+        for (type_id, is_sql) in [(23, true), (16_384, false), (90_000, false)] {
+            let mut columns = USUAL.to_vec();
+            columns[4].1 = type_id;
+            let Error::Columns(finding) = map(&columns, &row()).unwrap_err() else { panic!("not the columns") };
+            let step = &finding.remedy.steps()[0];
+            assert_eq!(matches!(step, Step::Sql(_)), is_sql, "{step:?}");
+            assert!(step.text().contains("payload of public.outbox") != is_sql, "{step:?}");
+        }
     }
 
     #[test]
