@@ -130,6 +130,8 @@ fn other_verbs_are_run_as_the_services_user_by_the_head_of_the_unit() {
         let property = format!(" -p {name}={} ", directive(name));
         assert!(command.contains(&property), "{property} is not in {command}");
     }
+    // A verb that failed would keep the name of its unit, and the next one would not start.
+    assert!(command.contains(" --collect "), "{command}");
     let arguments = directive("ExecStart").strip_prefix("/usr/bin/pgoutbox run").unwrap();
     assert!(command.ends_with(arguments), "{command}");
     // In a user namespace of its own, every other user is nobody, also the one whom requirepeer names.
