@@ -1,6 +1,6 @@
 # Plain cargo underneath; the scripts only see to it that the servers are there.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench faults nemesis simulate plants mutants fuzz package package-test package-lint newcomer clean
+.PHONY: help demo test check bench faults nemesis simulate plants mutants fuzz package package-test package-lint image-test newcomer clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -63,6 +63,9 @@ package-test: package ## install it as root, run its service's command, deliver,
 
 package-lint: ## unit, Dockerfile, YAML, scripts and package, by tools that it installs
 	@scripts/lint-packages --install
+
+image-test: ## build the container image, and deliver through it between servers in containers; needs docker or podman
+	@scripts/try-image
 
 newcomer: ## time the README's quick start from a clean clone
 	@scripts/newcomer
