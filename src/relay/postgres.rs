@@ -177,6 +177,7 @@ impl Postgres {
     fn count_beyond(&self, beyond: Beyond, from: u32, to: u32, switch_point: Option<Lsn>) {
         self.metrics.published_beyond_switchpoint.inc_by(beyond.at_least);
         let Beyond { at_least, at_most } = beyond;
+        let what = if from == to { "a log that lost its end" } else { "failover" };
         let switch_point = switch_point.map_or_else(|| "unknown".to_owned(), |lsn| lsn.to_string());
         if at_most > 0 {
             tracing::error!(
@@ -185,11 +186,11 @@ impl Postgres {
                 switch_point,
                 at_least,
                 at_most,
-                "failover: messages were published whose transactions this primary does not have: those with an \
+                "{what}: messages were published whose transactions this primary does not have: those with an \
                  x-outbox-lsn at or beyond the switch point"
             );
         } else {
-            tracing::info!(from, to, switch_point, "failover: nothing was published that this primary does not have");
+            tracing::info!(from, to, switch_point, "{what}: nothing was published that this primary does not have");
         }
     }
 
@@ -227,6 +228,8 @@ impl Database for Postgres {
         if let Some(left) = progress.left_behind(&identity) {
             let switch_point = replication.switch_point(identity.timeline, left).await?;
             parted = Some((progress.beyond(switch_point), left, switch_point));
+        } else if progress.has_outlived(&identity, server) {
+            parted = Some((progress.beyond(Some(server)), identity.timeline, Some(server)));
         }
         let silence_max = replication.sender_timeout().await?.unwrap_or(SILENCE_MAX);
         let start = progress.begin(identity.clone(), server, &self.names.slot, slot)?;

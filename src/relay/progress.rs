@@ -72,6 +72,13 @@ impl Progress {
         (known.timeline < identity.timeline).then_some(known.timeline)
     }
 
+    /// Whether this is the same system and timeline, and its WAL ends before what was settled: a copy that was restored, or
+    /// a log that lost its end. The frontier may lie beyond the last checkpoint: rows that a server writes below it a second
+    /// time are others.
+    pub fn has_outlived(&self, identity: &Identity, server: Lsn) -> bool {
+        self.identity.as_ref() == Some(identity) && server < self.settled.max(self.frontier.commit_lsn)
+    }
+
     /// How many messages were published whose transactions a server does not have that parted from ours at `switch_point`.
     pub fn beyond(&self, switch_point: Option<Lsn>) -> Beyond {
         self.published.beyond(switch_point)
@@ -87,6 +94,7 @@ impl Progress {
     /// # Errors
     /// `OldTimeline` for a server that was left behind, `Moved` when the slot stands beyond all that was ever told.
     pub fn begin(&mut self, identity: Identity, server: Lsn, slot: &str, confirmed: Lsn) -> Result<Lsn, Error> {
+        let has_outlived = self.has_outlived(&identity, server);
         let known = self.identity.replace(identity.clone());
         if let Some(known) = known.filter(|known| known.system == identity.system) {
             if identity.timeline < known.timeline {
@@ -94,8 +102,7 @@ impl Progress {
                 self.identity = Some(known);
                 return Err(error);
             }
-            // The frontier may lie beyond the last checkpoint: rows that a server writes below it a second time are others.
-            if identity.timeline == known.timeline && server >= self.settled.max(self.frontier.commit_lsn) {
+            if identity.timeline == known.timeline && !has_outlived {
                 if confirmed > self.told && !self.contended {
                     let (found, told) = (confirmed, self.told);
                     return Err(Error::Moved { slot: slot.to_owned(), found, told });
@@ -107,11 +114,13 @@ impl Progress {
                 self.told = self.told.max(confirmed);
                 return Ok(self.settled);
             }
+            let what =
+                if has_outlived { "the server's log ends before what was settled" } else { "the timeline changed" };
             tracing::warn!(
                 from = known.timeline,
                 to = identity.timeline,
                 behind_bytes = self.settled.bytes_since(confirmed),
-                "the timeline changed: beginning at the slot's own position"
+                "{what}: beginning at the slot's own position"
             );
         }
         // Another history: what was settled there says nothing here.
@@ -224,7 +233,9 @@ mod tests {
     fn never_begins_at_its_own_position_on_another_timeline_system_or_shorter_wal() {
         for (identity, server) in [(on("a", 2), 1000), (on("b", 1), 1000), (on("a", 1), 450), (on("a", 1), 550)] {
             let mut progress = settled();
+            assert_eq!(progress.has_outlived(&identity, lsn(server)), server < 1000);
             assert_eq!(progress.begin(identity.clone(), lsn(server), "s", lsn(120)).unwrap(), lsn(120), "{identity:?}");
+            assert!(!progress.has_outlived(&identity, lsn(server)), "it is told once");
             assert!(!progress.has(Position { commit_lsn: lsn(600), seq: 0 }), "{identity:?}");
             assert_eq!(progress.settled(), lsn(120));
         }

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -29,6 +30,11 @@ pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Half of what `amqp://` URIs usually ask for: a broker that is gone is noticed after two silent intervals.
 const HEARTBEAT_SECONDS: u16 = 10;
+
+/// What the kernel asks a silent broker, by when, and how often until it is taken for gone: after three minutes. Heartbeats
+/// are faster, but may be switched off, and nothing else ends the wait for a blocked broker that lost its power.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(120)).with_interval(Duration::from_secs(20)).with_retries(3);
 
 /// RabbitMQ's default, for brokers that set no limit, and for what comes before one is agreed on.
 const FRAME_BYTES_MAX: u32 = 131_072;
@@ -184,7 +190,8 @@ async fn reach(place: SocketAddr, address: &Address) -> Result<TcpStream, String
         _ => error.to_string(),
     })?;
     // A run is written whole; Nagle would hold back its last segment.
-    socket.set_nodelay(true).map_err(|error| error.to_string())?;
+    let set = socket.set_nodelay(true).and_then(|()| SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE));
+    set.map_err(|error| error.to_string())?;
     Ok(socket)
 }
 
@@ -354,6 +361,17 @@ mod tests {
             let (error, is_second_asked) = asked(says).await;
             assert!(is_second_asked, "{error}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_is_gone_and_was_to_send_no_heartbeats_is_noticed_by_the_kernel() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::parse("amqp://rabbit?heartbeat=0", &Files::default()).unwrap();
+        let socket = reach(listener.local_addr().unwrap(), &address).await.unwrap();
+        let set = SockRef::from(&socket);
+        assert!(set.keepalive().unwrap());
+        let asked = set.tcp_keepalive_interval().unwrap() * set.tcp_keepalive_retries().unwrap();
+        assert_eq!(set.tcp_keepalive_time().unwrap() + asked, Duration::from_secs(180));
     }
 
     #[tokio::test]
