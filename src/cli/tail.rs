@@ -3,6 +3,7 @@
 //! The trap: what stops a relay is told with what mends a relay's slot, and who only looks on must not be told to drop it.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -70,12 +71,12 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
     let mut position = Lsn::ZERO;
     let mut ticks = interval(STATUS_INTERVAL);
     let mut out = tokio::io::stdout();
+    let status = |position| Status { received: position, settled: position, reply_requested: false };
     loop {
         let event = tokio::select! {
             biased;
             _ = ticks.tick() => {
-                let status = Status { received: position, settled: position, reply_requested: false };
-                stream.tell(status).await?;
+                stream.tell(status(position)).await?;
                 continue;
             }
             event = stream.next() => event.map_err(of_stream)?,
@@ -88,7 +89,16 @@ pub(super) async fn run(arguments: &Arguments, config: &Config) -> Result<(), Er
         match item {
             Some(Item::Checkpoint(lsn)) => position = lsn,
             Some(Item::Message(_, message)) if arguments.wants(&message) => {
-                if !print(&message, &mut out).await? {
+                let mut printing = pin!(print(&message, &mut out));
+                // A pager waits for as long as its reader likes: to the server we are not dead meanwhile.
+                let is_read = loop {
+                    tokio::select! {
+                        biased;
+                        printed = &mut printing => break printed?,
+                        _ = ticks.tick() => stream.tell(status(position)).await?,
+                    }
+                };
+                if !is_read {
                     return Ok(());
                 }
             }

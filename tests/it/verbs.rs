@@ -286,6 +286,30 @@ async fn tail_goes_on_past_tables_that_are_younger_than_it_or_gone() {
     assert!(!err.contains("public.younger") && !err.contains("drop the slot"), "{err}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tail_before_a_pager_that_waits_for_its_reader_is_not_taken_for_dead() {
+    const ROWS: usize = 5000;
+    let outbox = outbox().await;
+    let alter = "execute format('alter database %I set wal_sender_timeout = 2000', current_database())";
+    outbox.sql(&format!("do $$ begin {alter}; end $$")).await;
+    let mut tail = command(&outbox, &["tail"]);
+    let mut tail = tail.stdout(Stdio::piped()).spawn().unwrap();
+    tail_streams(&outbox).await;
+    let rows = "insert into outbox (aggregatetype, aggregateid, type, payload) \
+        select 'order', n::text, 'placed', to_jsonb(repeat('x', 2000)) from generate_series(1, 5000) n";
+    outbox.sql(rows).await;
+    let began = outbox.text("select now()::text").await.unwrap();
+    let answers = format!(
+        "select count(*) from pg_stat_replication join pg_replication_slots on pid = active_pid \
+         where temporary and database = current_database() and reply_time > '{began}'::timestamptz + interval '5 s'"
+    );
+    eventually("it answers, read or not", || async { outbox.text(&answers).await.as_deref() == Some("1") }).await;
+    let lines = BufReader::new(tail.stdout.take().unwrap()).lines().take(ROWS);
+    assert!(lines.last().unwrap().unwrap().contains("\"aggregateid\":\"5000\""));
+    tail.kill().unwrap();
+    tail.wait().unwrap();
+}
+
 /// A slot is there before it is of use: a row that is committed then is not in its stream.
 async fn tail_streams(outbox: &Outbox) {
     let slots = "select count(*) from pg_replication_slots where temporary and active \
