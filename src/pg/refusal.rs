@@ -54,6 +54,11 @@ pub(super) fn login(attempt: &Attempt, error: &ServerError) -> Remedy {
         )),
         "55000" if by_database => Remedy::sql(format!("ALTER DATABASE {shop} ALLOW_CONNECTIONS true")),
         "53300" => too_many(error, Some(attempt)),
+        // PgBouncer's words, and SQLSTATE, for what it does not pass on.
+        "08P01" if error.message().contains("startup parameter") => Remedy::act(
+            "name Postgres itself in postgres.url: a pooler such as PgBouncer passes on neither these settings nor \
+             replication",
+        ),
         "57P03" => Remedy::act("wait: the server is starting, stopping or not yet consistent"),
         _ => session(error).unwrap_or_else(|| Remedy::act("see the server's log, which says more")),
     }
@@ -192,6 +197,14 @@ mod tests {
         ] {
             let step = mends("28000", message, routine);
             assert!(step.contains(mends_it) && !step.contains("ALTER"), "{step}");
+        }
+    }
+
+    #[test]
+    fn a_pooler_is_told_from_postgres() {
+        for parameter in ["options", "replication"] {
+            let remedy = mends("08P01", &format!("unsupported startup parameter: {parameter}"), "");
+            assert!(remedy.starts_with("name Postgres itself in postgres.url"), "{remedy}");
         }
     }
 
