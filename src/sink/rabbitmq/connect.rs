@@ -5,7 +5,7 @@
 //! plain and the TLS port stand side by side: who speaks at the wrong one is told so, instead of what his peer made of it.
 
 use std::future::Future;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -35,6 +35,10 @@ const HEARTBEAT_SECONDS: u16 = 10;
 /// are faster, but may be switched off, and nothing else ends the wait for a blocked broker that lost its power.
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(120)).with_interval(Duration::from_secs(20)).with_retries(3);
+
+/// What the kernel may hold that it has not sent. A confirm's time begins when the last byte is written, and on a slow way
+/// a buffer of megabytes, as the kernel makes them, takes longer than that: such a row came to no end.
+const UNSENT_BYTES_MAX: u32 = 128 * 1024;
 
 /// RabbitMQ's default, for brokers that set no limit, and for what comes before one is agreed on.
 const FRAME_BYTES_MAX: u32 = 131_072;
@@ -189,10 +193,16 @@ async fn reach(place: SocketAddr, address: &Address) -> Result<TcpStream, String
         ErrorKind::TimedOut => late(patience),
         _ => error.to_string(),
     })?;
-    // A run is written whole; Nagle would hold back its last segment.
-    let set = socket.set_nodelay(true).and_then(|()| SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE));
-    set.map_err(|error| error.to_string())?;
+    tune(&socket).map_err(|error| error.to_string())?;
     Ok(socket)
+}
+
+fn tune(socket: &TcpStream) -> io::Result<()> {
+    let set = SockRef::from(socket);
+    // A run is written whole; Nagle would hold back its last segment.
+    set.set_tcp_nodelay(true)?;
+    set.set_tcp_keepalive(&KEEPALIVE)?;
+    set.set_tcp_notsent_lowat(UNSENT_BYTES_MAX)
 }
 
 /// What the greeting agreed on.
@@ -372,6 +382,22 @@ mod tests {
         assert!(set.keepalive().unwrap());
         let asked = set.tcp_keepalive_interval().unwrap() * set.tcp_keepalive_retries().unwrap();
         assert_eq!(set.tcp_keepalive_time().unwrap() + asked, Duration::from_secs(180));
+    }
+
+    #[tokio::test]
+    async fn the_kernel_holds_little_that_a_slow_way_has_still_to_take() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // A window of a few kilobytes, and nobody who reads.
+        SockRef::from(&listener).set_recv_buffer_size(4096).unwrap();
+        let address = Address::parse("amqp://rabbit", &Files::default()).unwrap();
+        let socket = reach(listener.local_addr().unwrap(), &address).await.unwrap();
+        let _peer = listener.accept().unwrap();
+        socket.writable().await.unwrap();
+        let mut held = 0;
+        while let Ok(bytes) = socket.try_write(&[0; 65_536]) {
+            held += bytes;
+        }
+        assert!(held >= 65_536 && held <= 4 * UNSENT_BYTES_MAX as usize, "{held}");
     }
 
     #[tokio::test]
