@@ -170,7 +170,10 @@ pub enum Error {
         told: Lsn,
     },
     /// A server that an earlier session has left behind.
-    #[error("this server is on timeline {found} and timeline {seen} was seen: it is an old primary")]
+    #[error(
+        "this server is on timeline {found} and timeline {seen} was seen: it is an old primary. Remedy: see that it is \
+         fenced off; where it is the one to go on with, restart pgoutbox, which forgets the other"
+    )]
     OldTimeline {
         /// Its timeline.
         found: u32,
