@@ -217,8 +217,7 @@ fn routing(account: &Account, kind: &str, bindings: &[Binding], keys: &[String])
 
 /// Whether a topic's pattern takes a key: `*` is one word, `#` any number of words.
 fn matches(pattern: &str, key: &str) -> bool {
-    let pattern: Vec<&str> = pattern.split('.').collect();
-    let key: Vec<&str> = key.split('.').collect();
+    let (pattern, key) = (words(pattern), words(key));
     // By how many words of the key are taken, after each word of the pattern; a key of 255 bytes has few.
     let mut taken = vec![false; key.len() + 1];
     if let Some(first) = taken.first_mut() {
@@ -238,6 +237,11 @@ fn matches(pattern: &str, key: &str) -> bool {
         taken = next;
     }
     taken.last().copied().unwrap_or(false)
+}
+
+/// To RabbitMQ an empty text has no word, and not an empty one.
+fn words(text: &str) -> Vec<&str> {
+    if text.is_empty() { Vec::new() } else { text.split('.').collect() }
 }
 
 /// What a confirm of this queue is worth. One that is awaited is the only one, or is looked for before a session begins.
@@ -321,6 +325,11 @@ mod tests {
         for (pattern, key, takes) in [
             ("#", "order.placed", true),
             ("#", "", true),
+            ("*", "", false),
+            ("", "", true),
+            ("", "order", false),
+            ("*", "order", true),
+            ("*.*", ".", true),
             ("order.*", "order.placed", true),
             ("order.*", "order", false),
             ("order.*", "order.placed.now", false),
