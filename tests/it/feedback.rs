@@ -194,14 +194,12 @@ async fn postgres_stops_fast_whatever_the_broker_does() {
     assert_eq!(relay.stop(), 0);
 }
 
-/// Both are told to stop, as when a machine goes down: what the broker holds back must not keep the server.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn postgres_stops_fast_while_the_relay_is_stopping_too() {
-    let mut postgres = Postgres::start(&[]).unwrap();
-    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
+/// A relay that was told to stop while the broker holds back a confirm.
+async fn stopping(postgres: &Postgres) -> (Link, Consumer, Relay) {
+    let mut outbox = Outbox::create(postgres, shared_rabbitmq()).await;
     let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
     outbox.amqp = through(&link);
-    let _consumer = Consumer::start(&outbox).await;
+    let consumer = Consumer::start(&outbox).await;
     let relay = Relay::start(&outbox);
     relay.ready().await;
     link.set(Toxics { hold_confirms: true, ..Toxics::default() });
@@ -209,6 +207,14 @@ async fn postgres_stops_fast_while_the_relay_is_stopping_too() {
     eventually("it is in flight", || async { relay.metric("pgoutbox_in_flight_messages") == 1.0 }).await;
     relay.signal(Signal::SIGTERM);
     eventually("the relay is stopping", || async { relay.log().contains("stopping: settling") }).await;
+    (link, consumer, relay)
+}
+
+/// Both are told to stop, as when a machine goes down: what the broker holds back must not keep the server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_stops_fast_while_the_relay_is_stopping_too() {
+    let mut postgres = Postgres::start(&[]).unwrap();
+    let (link, _consumer, relay) = stopping(&postgres).await;
     let took = postgres.stop("fast", Duration::from_secs(5));
     took.unwrap_or_else(|error| panic!("{error}\n{}", relay.log()));
     link.heal();
@@ -219,17 +225,7 @@ async fn postgres_stops_fast_while_the_relay_is_stopping_too() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_that_a_crash_of_postgres_interrupts_announces_no_other_session() {
     let mut postgres = Postgres::start(&[]).unwrap();
-    let mut outbox = Outbox::create(&postgres, shared_rabbitmq()).await;
-    let link = Link::to_rabbitmq(shared_rabbitmq().port(), &Ledger::new(outbox.confirmed().await)).await;
-    outbox.amqp = through(&link);
-    let _consumer = Consumer::start(&outbox).await;
-    let relay = Relay::start(&outbox);
-    relay.ready().await;
-    link.set(Toxics { hold_confirms: true, ..Toxics::default() });
-    outbox.insert("held").await;
-    eventually("it is in flight", || async { relay.metric("pgoutbox_in_flight_messages") == 1.0 }).await;
-    relay.signal(Signal::SIGTERM);
-    eventually("the relay is stopping", || async { relay.log().contains("stopping: settling") }).await;
+    let (link, _consumer, relay) = stopping(&postgres).await;
     postgres.kill().unwrap();
     let (code, log) = relay.ended();
     assert_eq!(code, 0, "{log}");
