@@ -30,7 +30,7 @@ pub struct Metrics {
     pub settled: Counter,
     /// Messages that the broker refused, by reason.
     pub refused: Family<Reason, Counter>,
-    /// Messages published from transactions that the new primary does not have.
+    /// Messages published from transactions that the primary does not have, after a failover or when its log lost its end.
     pub published_beyond_switchpoint: Counter,
     /// Messages published and not settled.
     pub in_flight_messages: Gauge,
@@ -137,7 +137,7 @@ impl Metrics {
         registry.register("refused", "Messages that the broker refused", self.refused.clone());
         registry.register(
             "published_beyond_switchpoint",
-            "Messages published from transactions that the primary after a failover does not have",
+            "Messages published from transactions that the primary does not have: after a failover, or a lost log",
             self.published_beyond_switchpoint.clone(),
         );
         registry.register(
