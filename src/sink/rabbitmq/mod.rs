@@ -283,3 +283,24 @@ fn message_bytes_max(product: &str, version: &str) -> u64 {
         _ => MESSAGE_BYTES_MAX,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_that_held_back_its_confirms_goes_last_and_so_does_its_address() {
+        let addresses = Address::parse_all("amqp://a,amqp://b", &Files::default()).unwrap();
+        let (exchange, queues) = ("outbox".to_owned(), Vec::new());
+        let settings = Settings { addresses, exchange, declare: true, queues, message_bytes_max: 0 };
+        let mut hosts = Hosts::new(settings, Arc::default());
+        let places = [1, 2].map(|last| SocketAddr::from(([192, 0, 2, last], 5672)));
+        hosts.put_last();
+        hosts.last = Some((0, places[0]));
+        hosts.put_last();
+        let order: Vec<String> = hosts.settings.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(order, ["b:5672", "a:5672"]);
+        assert_eq!(hosts.settings.addresses[1].in_order(places.to_vec()), [places[1], places[0]]);
+        assert_eq!(hosts.settings.addresses[0].in_order(places.to_vec()), places);
+    }
+}
