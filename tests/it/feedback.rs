@@ -225,7 +225,7 @@ async fn postgres_stops_fast_while_the_relay_is_stopping_too() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_that_a_crash_of_postgres_interrupts_announces_no_other_session() {
     let mut postgres = Postgres::start(&[]).unwrap();
-    let (link, _consumer, relay) = stopping(&postgres).await;
+    let (_link, _consumer, relay) = stopping(&postgres).await;
     postgres.kill().unwrap();
     let (code, log) = relay.ended();
     assert_eq!(code, 0, "{log}");
