@@ -245,7 +245,7 @@ pub async fn run<D: Database, B: Broker>(
     let mut away_since: Option<Instant> = None;
     loop {
         let began = Instant::now();
-        let (frontier, settled) = (progress.frontier(), progress.settled());
+        let before = progress.steps();
         let session = session::run(&mut database, &mut broker, common, &mut progress, &mut stop);
         let result = session.await;
         let label = result.as_ref().map_or_else(Error::end, |()| "stopped");
@@ -267,7 +267,7 @@ pub async fn run<D: Database, B: Broker>(
             tracing::warn!("stopping, nothing is lost: {}", explain(&error));
             return Ok(());
         }
-        if progress.frontier() > frontier || began.elapsed() > GOOD_SESSION {
+        if progress.steps().runs > before.runs || began.elapsed() > GOOD_SESSION {
             backoff.reset();
         }
         // A session that lasted with nothing to do had both peers; and one answers that refuses a message, or says who holds
@@ -275,7 +275,7 @@ pub async fn run<D: Database, B: Broker>(
         let was_good = was_idle && began.elapsed() > GOOD_SESSION
             || matches!(error, Error::Sink(sink::Error::Refused { .. }))
             || session::is_contention(&error);
-        if progress.frontier() > frontier || progress.settled() > settled || was_good {
+        if progress.steps() != before || was_good {
             away_since = None;
         }
         let since = *away_since.get_or_insert_with(Instant::now);

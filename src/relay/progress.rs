@@ -28,6 +28,16 @@ pub struct Progress {
     caution: Caution,
     /// What went to the broker from this system and timeline.
     published: Published,
+    steps: Steps,
+}
+
+/// How often something was settled that had not been. It rises whatever the server: after a failover positions are lower ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    /// Runs of messages.
+    pub runs: u64,
+    /// Positions before which everything is settled.
+    pub checkpoints: u64,
 }
 
 /// Messages to be proven one by one before many are sent.
@@ -51,16 +61,6 @@ impl Caution {
 }
 
 impl Progress {
-    /// Everything at or below it is settled.
-    pub fn settled(&self) -> Lsn {
-        self.settled
-    }
-
-    /// It and everything before it is settled.
-    pub fn frontier(&self) -> Position {
-        self.frontier
-    }
-
     /// What the next session proves one by one before it sends many.
     pub fn caution(&self) -> &Caution {
         &self.caution
@@ -129,6 +129,7 @@ impl Progress {
             identity: Some(identity),
             settled: confirmed,
             told: confirmed,
+            steps: self.steps,
             caution: std::mem::take(&mut self.caution),
             contended: self.contended,
             ..Progress::default()
@@ -143,12 +144,19 @@ impl Progress {
 
     /// A run and all before it is settled.
     pub fn message(&mut self, last: Position) {
+        self.steps.runs += u64::from(last > self.frontier);
         self.frontier = self.frontier.max(last);
     }
 
     /// All before this checkpoint is settled.
     pub fn checkpoint(&mut self, lsn: Lsn) {
+        self.steps.checkpoints += u64::from(lsn > self.settled);
         self.settled = self.settled.max(lsn);
+    }
+
+    /// Whether a session has brought anything, and what.
+    pub fn steps(&self) -> Steps {
+        self.steps
     }
 
     /// Postgres is being told this position.
@@ -237,8 +245,24 @@ mod tests {
             assert_eq!(progress.begin(identity.clone(), lsn(server), "s", lsn(120)).unwrap(), lsn(120), "{identity:?}");
             assert!(!progress.has_outlived(&identity, lsn(server)), "it is told once");
             assert!(!progress.has(Position { commit_lsn: lsn(600), seq: 0 }), "{identity:?}");
-            assert_eq!(progress.settled(), lsn(120));
+            assert_eq!(progress.settled, lsn(120));
         }
+    }
+
+    #[test]
+    fn what_is_settled_at_lower_positions_after_a_failover_is_a_step_all_the_same() {
+        let mut progress = settled();
+        let before = progress.steps();
+        progress.begin(on("a", 2), lsn(1000), "s", lsn(120)).unwrap();
+        assert_eq!(progress.steps(), before);
+        progress.message(Position { commit_lsn: lsn(130), seq: 0 });
+        assert_eq!(progress.steps(), Steps { runs: before.runs + 1, ..before });
+        progress.checkpoint(lsn(140));
+        let after = progress.steps();
+        assert_eq!(after, Steps { runs: before.runs + 1, checkpoints: before.checkpoints + 1 });
+        progress.message(Position { commit_lsn: lsn(130), seq: 0 });
+        progress.checkpoint(lsn(140));
+        assert_eq!(progress.steps(), after);
     }
 
     #[test]

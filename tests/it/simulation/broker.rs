@@ -12,8 +12,11 @@ use pgoutbox::sink::{Error, Receipt, Refusal, Sink};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::database::AWAY_MAX;
 use super::faults::Fault;
-use super::world::{Cause, Row, World};
+use super::judge;
+use super::world::{Cause, World};
+use super::writers::Row;
 
 /// What the real one allows itself for an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -49,8 +52,14 @@ impl Broker for FakeBroker {
         if world.with(|state| state.lives[self.life].doomed) {
             world.accuse("goes on after an error that no retry can help");
         }
+        judge::persists(world, self.life);
         sleep(world.pause(Duration::from_millis(50))).await;
-        if world.strikes(Fault::BrokerRefuses) {
+        if world.strikes(Fault::BrokerAway) {
+            let back = Instant::now() + world.pause(AWAY_MAX);
+            world.with(|state| state.broker_away_until = back);
+        }
+        let is_away = world.with(|state| state.broker_away_until > Instant::now());
+        if is_away || world.strikes(Fault::BrokerRefuses) {
             return Err(Error::Unreachable { host: "fake".to_owned(), problem: "refused".to_owned() });
         }
         if world.strikes(Fault::BrokerHangs) {
@@ -126,8 +135,11 @@ impl FakeSink {
                 for row in &rows {
                     state.lives[life].known[*row] = true;
                 }
-                let stream = &mut state.streams[stream.expect("it was published to")];
+                let number = stream.expect("it was published to");
+                let stream = &mut state.streams[number];
                 (stream.settled, stream.settled_at) = (rows.len(), Instant::now());
+                state.proves(number);
+                state.is_well(life);
             });
             Ok(())
         })
@@ -140,6 +152,9 @@ impl Sink for FakeSink {
             self.world.accuse("an empty run");
         }
         let rows: Vec<Row> = self.world.with(|state| run.iter().map(|message| state.row(&message.id)).collect());
+        let stream =
+            self.world.with(|state| state.lives[self.life].stream.expect("a stream is open when messages come"));
+        self.world.with(|state| state.groups(stream, &rows));
         if self.world.strikes(Fault::PublishFails) {
             self.excuse();
             return Err(broken());
@@ -158,7 +173,14 @@ impl Sink for FakeSink {
         }
         self.write(&rows);
         if self.world.strikes(Fault::PublishSlow) {
-            sleep(self.world.pause(Duration::from_secs(2))).await;
+            let pause = self.world.pause(Duration::from_secs(2));
+            // A position that was read meanwhile stands behind this run.
+            self.world.with(|state| {
+                if let Some(stream) = self.stream {
+                    state.streams[stream].owed.excuses(pause);
+                }
+            });
+            sleep(pause).await;
         }
         if self.world.strikes(Fault::PublishBreaks) {
             self.excuse();

@@ -12,6 +12,7 @@ use pgoutbox::relay::{self, Database, Opened, Progress, Watch};
 use tokio::time::{Instant, sleep};
 
 use super::faults::Fault;
+use super::owed::Owed;
 use super::source::FakeSource;
 use super::wire;
 use super::world::{Cause, State, Stream, World};
@@ -21,6 +22,9 @@ pub(super) const SILENCE_MAX: Duration = Duration::from_secs(6);
 
 /// What the real one allows itself for opening a stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a peer stays away, at most.
+pub(super) const AWAY_MAX: Duration = Duration::from_secs(60);
 
 pub(super) struct FakeDatabase {
     pub(super) world: World,
@@ -34,7 +38,8 @@ pub(super) fn server_error(code: &str, message: &str) -> ServerError {
 /// The tables as the catalog shows them now.
 pub(super) fn tables(state: &State) -> Tables {
     let now = state.began.elapsed();
-    let partitions = state.wal.iter().take_while(|entry| entry.at <= now).map(|entry| entry.partition);
+    let there = state.wal.iter().take_while(|entry| entry.at <= now);
+    let partitions = there.flat_map(|entry| entry.partitions.iter().copied());
     Tables {
         outbox: partitions.chain([0]).map(wire::oid).collect(),
         others: [wire::OTHER].into(),
@@ -47,12 +52,21 @@ impl FakeDatabase {
     async fn answer(&self) -> Result<(), Error> {
         let world = &self.world;
         sleep(world.pause(Duration::from_millis(50))).await;
-        if world.strikes(Fault::DatabaseRefuses) {
+        if world.strikes(Fault::DatabaseAway) {
+            let back = Instant::now() + world.pause(AWAY_MAX);
+            world.with(|state| state.database_away_until = back);
+        }
+        let is_away = world.with(|state| state.database_away_until > Instant::now());
+        if is_away || world.strikes(Fault::DatabaseRefuses) {
             return Err(Error::Closed);
         }
         if world.strikes(Fault::DatabaseHangs) {
             sleep(OPEN_TIMEOUT).await;
             return Err(Error::Timeout { during: "connecting", after: OPEN_TIMEOUT });
+        }
+        if world.strikes(Fault::WorldWrong) {
+            world.with(|state| state.dooms(self.life, Cause::World));
+            return Err(Error::World(vec![Finding::new("the fake is wrong", Remedy::default())]));
         }
         if world.strikes(Fault::PostgresCrashes) {
             world.with(State::crash_postgres);
@@ -100,11 +114,12 @@ impl FakeDatabase {
                 life: self.life,
                 epoch: state.epoch,
                 start,
+                began: now,
                 last_status: now,
                 told: 0,
                 reached: start,
                 reached_at: now,
-                in_transaction: false,
+                transaction: None,
                 free_at: None,
                 sent: Vec::new(),
                 barriers: Vec::new(),
@@ -113,8 +128,10 @@ impl FakeDatabase {
                 published: Vec::new(),
                 settled: 0,
                 settled_at: now,
+                owed: Owed::new(),
                 before: state.rows.iter().map(|row| row.acknowledged).collect(),
                 is_excused: false,
+                is_looking: false,
             };
             state.streams.push(stream);
             let number = state.streams.len() - 1;
@@ -169,6 +186,7 @@ impl Database for FakeDatabase {
         }
         self.answer().await?;
         if self.world.with(|state| is_slot_in_use(state)) {
+            self.world.with(|state| state.is_well(self.life));
             return Err(Error::Server(server_error("55006", "replication slot is active")).into());
         }
         self.imposture(progress)?;

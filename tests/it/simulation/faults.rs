@@ -51,9 +51,12 @@ faults! {
     Terminate 500 harmless "SIGTERM",
     Freeze 300 harmful "the process is frozen",
     SecondRelay 1000 harmful "a second relay runs on the same slot",
+    GivesUp 300 harmless "the process gives up after so long without progress",
     // The way to Postgres, and what it says before it streams.
     DatabaseRefuses 30 harmful "Postgres refuses the connection",
     DatabaseHangs 10 harmful "Postgres does not answer the connection",
+    DatabaseAway 10 harmful "Postgres is away for a while",
+    WorldWrong 5 harmful "the catalog is wrong when a stream is asked for",
     SlotHeld 200 harmful "the server has not noticed that the stream ended",
     OldPrimary 50 harmful "an old primary answers",
     SlotMoved 15 harmful "the slot was re-created further on",
@@ -64,6 +67,7 @@ faults! {
     StreamSilent 2 harmful "the stream falls silent",
     ServerError 2 harmful "the server ends the stream with an error that may pass",
     FatalServerError 1 harmful "the server ends the stream with an error that needs a human",
+    Undecodable 1 harmful "the server cannot send a row",
     PublicationSkipped 1 harmful "the server says that it skips a publication",
     Keepalive 60 harmless "a keepalive where none is due",
     KeepaliveJumps 30 harmless "a keepalive as far on as the next commit record",
@@ -92,6 +96,7 @@ faults! {
     // The way to the broker.
     BrokerRefuses 40 harmful "the broker refuses the connection",
     BrokerHangs 15 harmful "the broker does not answer the connection",
+    BrokerAway 15 harmful "the broker is away for a while",
     BrokerSetup 8 harmful "the broker is set up wrong",
     CheckFails 50 harmful "the check fails",
     CheckHangs 50 harmful "the check is not answered",
@@ -117,11 +122,13 @@ faults! {
     HugeTransaction 30 harmless "a huge transaction",
     LongSilence 30 harmless "nothing is written for long",
     Burst 60 harmless "many transactions at once",
+    Partitions 100 harmless "a transaction has rows in several partitions",
+    LargeRow 2 harmless "a row of megabytes",
 }
 
 /// How many there are.
 pub(super) const KINDS: usize = FAULTS.len();
-const _: () = assert!(KINDS <= 64, "a plan's kinds stand in 64 bits");
+const _: () = assert!(KINDS <= 128, "a plan's kinds stand in 128 bits");
 
 /// What may happen in a simulation. Printed by a failing one; replays it as `PGOUTBOX_SEED`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,7 +141,7 @@ pub(super) struct Plan {
     /// So many transactions at most.
     pub(super) transactions: u32,
     /// Kinds that do not strike, by [`FAULTS`]' order.
-    pub(super) without: u64,
+    pub(super) without: u128,
 }
 
 impl Plan {
@@ -143,7 +150,7 @@ impl Plan {
     }
 
     pub(super) fn allows(&self, fault: Fault) -> bool {
-        self.without & (1 << fault as u64) == 0
+        self.without & bit(fault) == 0
     }
 }
 
@@ -177,19 +184,22 @@ impl FromStr for Plan {
         let mut plan = Plan::new(seed.parse().map_err(|_| wrong(seed))?);
         for part in parts {
             let (name, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
-            let number =
-                u64::from_str_radix(value, if name == "without" { 16 } else { 10 }).map_err(|_| wrong(part))?;
-            let small = u32::try_from(number).map_err(|_| wrong(part));
-            match name {
-                "strikes" => plan.strikes = small?,
-                "seconds" => plan.seconds = number,
-                "transactions" => plan.transactions = small?,
-                "without" => plan.without = number,
+            let known = match name {
+                "strikes" => value.parse().map(|number| plan.strikes = number),
+                "seconds" => value.parse().map(|number| plan.seconds = number),
+                "transactions" => value.parse().map(|number| plan.transactions = number),
+                "without" => u128::from_str_radix(value, 16).map(|kinds| plan.without = kinds),
                 _ => return Err(wrong(part)),
-            }
+            };
+            known.map_err(|_| wrong(part))?;
         }
         Ok(plan)
     }
+}
+
+/// A kind in a set of kinds.
+fn bit(fault: Fault) -> u128 {
+    1 << fault as u32
 }
 
 /// A seed has so many kinds as its theme: they strike so much oftener, within a limit. What takes two rare ones to go wrong
@@ -201,8 +211,8 @@ const OFTENER_PER_MILLE_MAX: u16 = 150;
 /// Dice for every kind, and how often each has struck.
 pub(super) struct Dice {
     dice: Vec<fastrand::Rng>,
-    enabled: u64,
-    theme: u64,
+    enabled: u128,
+    theme: u128,
     left: u32,
     pub(super) fired: [u64; KINDS],
 }
@@ -211,16 +221,16 @@ impl Dice {
     /// A tenth of the seeds knows no fault, a tenth only harmless ones; the others a random half of all kinds, so that rare
     /// ones are not drowned by frequent ones.
     pub(super) fn new(plan: &Plan, random: &mut fastrand::Rng) -> Self {
-        let harmless = FAULTS.iter().filter(|fault| fault.is_harmless()).fold(0, |set, fault| set | 1 << *fault as u64);
-        let half = random.u64(..);
+        let harmless = FAULTS.iter().filter(|fault| fault.is_harmless()).fold(0, |set, fault| set | bit(*fault));
+        let half = random.u128(..);
         let theme = (0..THEME).fold(0, |set, _| set | 1 << random.usize(..KINDS));
         let (enabled, theme) = match random.u8(0..10) {
-            0 => (1 << Fault::Terminate as u64, 0),
-            1 => (harmless & (half | random.u64(..)), 0),
+            0 => (bit(Fault::Terminate), 0),
+            1 => (harmless & (half | random.u128(..)), 0),
             2..=3 => (half, 0),
             4..=5 => (half | theme, theme),
-            6..=7 => (half & random.u64(..), 0),
-            _ => (half & random.u64(..) | theme, theme),
+            6..=7 => (half & random.u128(..), 0),
+            _ => (half & random.u128(..) | theme, theme),
         };
         let die = |kind: usize| fastrand::Rng::with_seed(plan.seed.wrapping_mul(KINDS as u64) + kind as u64);
         Self {
@@ -234,16 +244,16 @@ impl Dice {
 
     /// Whether nothing can strike that excuses a duplicate.
     pub(super) fn is_harmless(&self) -> bool {
-        FAULTS.iter().all(|fault| fault.is_harmless() || self.enabled & (1 << *fault as u64) == 0)
+        FAULTS.iter().all(|fault| fault.is_harmless() || self.enabled & bit(*fault) == 0)
     }
 
     pub(super) fn allows(&self, fault: Fault) -> bool {
-        self.enabled & (1 << fault as u64) != 0
+        self.enabled & bit(fault) != 0
     }
 
     pub(super) fn strikes(&mut self, fault: Fault) -> bool {
         let kind = fault as usize;
-        let per_mille = match self.theme & (1 << kind) {
+        let per_mille = match self.theme & bit(fault) {
             0 => fault.per_mille(),
             _ => (fault.per_mille() * OFTENER).min(fault.per_mille().max(OFTENER_PER_MILLE_MAX)),
         };
@@ -263,7 +273,7 @@ impl Dice {
 
 #[test]
 fn a_plan_is_read_as_it_is_printed() {
-    let plan = Plan { seed: 7, strikes: 3, seconds: 20, transactions: 4, without: 0x5f };
+    let plan = Plan { seed: 7, strikes: 3, seconds: 20, transactions: 4, without: 0x5f << 64 };
     assert_eq!(plan.to_string().parse(), Ok(plan));
     assert_eq!("9".parse(), Ok(Plan::new(9)));
     assert!("9,strokes=1".parse::<Plan>().is_err());

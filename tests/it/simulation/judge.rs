@@ -9,10 +9,11 @@ use pgoutbox::retry::Retry;
 use pgoutbox::{outbox, pg};
 
 use super::database::is_slot_in_use;
-use super::world::{Cause, Row, State, Stream, World};
+use super::world::{Cause, Life, State, Stream, World};
+use super::writers::{Entry, Row};
 
-/// What is settled is told within this, in the middle of nothing: a status interval and what the fakes may pause.
-const TOLD_WITHIN: Duration = Duration::from_secs(1);
+/// No attempt to reach a peer takes longer, its backoff included.
+const ATTEMPT: Duration = Duration::from_secs(30);
 
 /// The verdict on the whole.
 pub(super) fn judge(world: &World) -> Result<(), String> {
@@ -118,6 +119,7 @@ pub(super) fn ended(world: &World, life: usize, result: &Result<(), relay::Error
             Ok(()) => {}
             // Another relay held the slot and let go unseen, or an operator was at it: to this one it is moved, and it says so.
             Err(relay::Error::Moved { .. }) if state.lives[life].stream != state.holder || state.was_moved => {}
+            Err(relay::Error::GaveUp { after, .. }) => gave_up(state, life, *after),
             Err(error) if cause(error).is_some_and(|cause| state.lives[life].condemned.contains(&cause)) => {
                 stopped_ahead(state, life, error);
                 skipped(state, life, error);
@@ -139,7 +141,7 @@ fn parted_well(state: &mut State, life: usize) {
     if stream.settled != stream.published.len() || stream.is_excused || state.lives[life].is_leaving {
         return;
     }
-    if stream.in_transaction {
+    if stream.transaction.is_some() {
         state.accuse("a clean stop in the middle of a transaction");
     } else if stream.told != stream.reached {
         let (told, reached) = (stream.told, stream.reached);
@@ -153,7 +155,7 @@ fn cause(error: &relay::Error) -> Option<Cause> {
         error if error.retry() != Retry::Never => return None,
         relay::Error::Outbox(_) => Cause::Row,
         relay::Error::Postgres(pg::Error::World(_)) => Cause::World,
-        relay::Error::Postgres(_) => Cause::Stream,
+        relay::Error::Postgres(_) | relay::Error::Undecodable { .. } => Cause::Stream,
         relay::Error::Sink(_) => Cause::Broker,
         relay::Error::Moved { .. } => Cause::Slot,
         _ => return None,
@@ -170,6 +172,12 @@ fn stopped_ahead(state: &mut State, life: usize, error: &relay::Error) {
                 Some((sent, _)) => *sent,
                 None => return state.accuse(format!("stopped at row {id}, which could be delivered")),
             }
+        }
+        (relay::Error::Undecodable { commit_lsn, .. }, Some(_))
+            if commit_lsn.get() != stream.transaction.unwrap_or(0) =>
+        {
+            let transaction = stream.transaction;
+            return state.accuse(format!("names {commit_lsn} where {transaction:?} was being sent"));
         }
         (error, Some(sent)) if cause(error) == Some(Cause::Stream) => sent,
         (error, None) if cause(error) == Some(Cause::Stream) => {
@@ -190,10 +198,19 @@ fn stopped_ahead(state: &mut State, life: usize, error: &relay::Error) {
 
 /// An operator does what the relay says, where that is still the server which sent the row, and nobody holds the slot.
 fn skipped(state: &mut State, life: usize, error: &relay::Error) {
-    let relay::Error::Outbox(outbox::Error::Row { position, .. }) = error else { return };
-    let Some(stream) = state.lives[life].stream else { return };
-    if state.streams[stream].epoch == state.epoch && !is_slot_in_use(state) {
-        state.skip(position.commit_lsn.get(), position.seq as usize);
+    let Some(stream) = state.lives[life].stream.map(|number| &state.streams[number]) else { return };
+    let (commit_lsn, seq) = match error {
+        relay::Error::Outbox(outbox::Error::Row { position, .. }) => (position.commit_lsn.get(), position.seq as usize),
+        // The first row that was not sent; between two transactions nobody knows which one is next.
+        relay::Error::Undecodable { commit_lsn, .. } if commit_lsn.get() > 0 => {
+            let entry = state.wal.iter().find(|entry| entry.commit_lsn == commit_lsn.get());
+            let sent = |entry: &Entry| stream.sent.iter().filter(|row| entry.rows.contains(row)).count();
+            (commit_lsn.get(), entry.map_or(0, sent))
+        }
+        _ => return,
+    };
+    if stream.epoch == state.epoch && !is_slot_in_use(state) {
+        state.skip(commit_lsn, seq);
     }
 }
 
@@ -206,18 +223,31 @@ pub(super) fn paused(world: &World, life: usize, sessions: u64) {
     });
 }
 
-/// A process is about to be killed: a relay with nothing in flight has told everything, so that nothing comes twice.
+/// A process is about to be killed: what it settled is told, so that little comes twice.
 pub(super) fn quiet(world: &World, life: usize) {
     world.with(|state| {
-        let Some(stream) = state.lives[life].stream.map(|number| &state.streams[number]) else { return };
-        let is_open = stream.free_at.is_none() && stream.epoch == state.epoch;
-        let is_excused = state.lives[life].frozen || stream.is_excused || state.lives[life].is_leaving;
-        let is_quiet = stream.reached_at.elapsed() > TOLD_WITHIN && stream.settled_at.elapsed() > TOLD_WITHIN;
-        let known = &state.lives[life].known;
-        let is_settled = !stream.in_transaction && stream.sent.iter().all(|row| known[*row]);
-        if is_open && !is_excused && is_quiet && is_settled && stream.told < stream.reached {
-            let (told, reached) = (stream.told, stream.reached);
-            state.accuse(format!("told {told} although all was settled up to {reached} for long"));
+        if let Some(stream) = state.lives[life].stream {
+            state.tells_in_time(stream);
         }
     });
+}
+
+/// A process tries a broker again: not without end, where it was told to give up.
+pub(super) fn persists(world: &World, life: usize) {
+    world.with(|state| {
+        let Life { give_up_after, lived_at, was_frozen, .. } = state.lives[life];
+        let alone = lived_at.map_or(Duration::ZERO, |at| at.elapsed());
+        if let Some(after) = give_up_after.filter(|after| alone > *after + ATTEMPT && !was_frozen) {
+            state.accuse(format!("was to give up after {after:?} and tries again after {alone:?}"));
+        }
+    });
+}
+
+/// Whether it had the patience that it was told to have.
+fn gave_up(state: &mut State, life: usize, after: Duration) {
+    let Life { give_up_after, good_at, .. } = state.lives[life];
+    let waited = good_at.map_or(Duration::ZERO, |at| at.elapsed());
+    if give_up_after != Some(after) || waited < after {
+        state.accuse(format!("gave up after {after:?}, {waited:?} after all was well"));
+    }
 }

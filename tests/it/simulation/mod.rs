@@ -5,7 +5,7 @@
 //! replays alone with `PGOUTBOX_SEED=plan cargo test --test it simulation`. The fakes accuse where the real peers would
 //! believe: `delivery`, `crashes` and `feedback` prove them honest.
 //!
-//! Reading order: `faults`, `world`, `database`, `source`, `broker`, `judge`, `shrink`.
+//! Reading order: `faults`, `writers`, `world` with `owed`, `database`, `source`, `broker`, `judge`, `shrink`.
 //!
 //! The trap: a simulation in which nothing goes wrong passes. So every kind of fault is counted and must have struck.
 
@@ -13,10 +13,12 @@ mod broker;
 mod database;
 mod faults;
 mod judge;
+mod owed;
 mod shrink;
 mod source;
 mod wire;
 mod world;
+mod writers;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -242,7 +244,7 @@ async fn live(world: &World) {
     let metrics = Arc::new(Metrics::new());
     let span = world.pause(Duration::from_secs(30));
     let settings = settings(world);
-    let life = world.begin_life(settings.window_messages);
+    let life = world.begin_life(&settings);
     let (stop, stopped) = watch::channel(false);
     let process = freezing(world, life, process(world, life, &settings, &metrics, stopped));
     let told = Cell::new(None);
@@ -316,6 +318,7 @@ async fn freezing<T>(world: &World, life: usize, process: impl Future<Output = T
 
 fn settings(world: &World) -> Settings {
     let is_harmless = world.with(|state| state.is_harmless);
+    let give_up_after = world.strikes(Fault::GivesUp).then(|| world.pause(Duration::from_secs(20)));
     world.random(|random| Settings {
         window_messages: random.usize(1..20),
         window_messages_min: random.usize(1..20),
@@ -323,7 +326,7 @@ fn settings(world: &World) -> Settings {
         confirm_timeout: Duration::from_secs(5),
         // Where nothing excuses a duplicate, a stop waits until an alarm is over.
         drain_timeout: Duration::from_secs(if is_harmless { 600 } else { 5 }),
-        give_up_after: None,
+        give_up_after,
     })
 }
 
@@ -350,7 +353,7 @@ async fn ready_is_said_all_along_while_the_stream_never_pauses() {
     let world = World::steady();
     let metrics = Arc::new(Metrics::new());
     let settings = settings(&world);
-    let life = world.begin_life(settings.window_messages);
+    let life = world.begin_life(&settings);
     let (stop, stopped) = watch::channel(false);
     let looking = async {
         sleep(Duration::from_secs(1)).await;

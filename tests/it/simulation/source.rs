@@ -15,7 +15,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::database::{SILENCE_MAX, server_error, tables};
 use super::faults::Fault;
 use super::wire;
-use super::world::{Cause, Row, State, Stream, World};
+use super::world::{Cause, State, Stream, World};
+use super::writers::Row;
+
+/// A session that lasted for so long with nothing to do had both peers.
+const GOOD_SESSION: Duration = Duration::from_secs(30);
 
 /// What the real one allows itself for writing a status and for a goodbye.
 const TELL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -62,7 +66,13 @@ impl Drop for FakeSource {
         let held_on = self.world.strikes(Fault::SlotHeld);
         let free_at = Instant::now() + if held_on { self.world.pause(Duration::from_secs(3)) } else { Duration::ZERO };
         self.world.with(|state| {
-            state.streams[self.stream].free_at.get_or_insert(free_at);
+            let stream = &mut state.streams[self.stream];
+            stream.free_at.get_or_insert(free_at);
+            let (life, began, is_idle) = (stream.life, stream.began, stream.settled == stream.published.len());
+            state.lives[life].lived_at = Some(Instant::now());
+            if is_idle && began.elapsed() > GOOD_SESSION {
+                state.is_well(life);
+            }
         });
     }
 }
@@ -127,11 +137,12 @@ impl FakeSource {
             return;
         }
         self.frames.push_back(Frame::Begin(entry.commit_lsn));
-        let oid = wire::oid(entry.partition);
         for row in entry.rows.clone() {
             self.distract(entry.commit_lsn);
+            let partition = entry.partition(row);
+            let oid = wire::oid(partition);
             if self.described.insert(oid) || self.strikes(Fault::Described) {
-                let name = if entry.partition == 0 { "outbox" } else { "outbox_partition" };
+                let name = if partition == 0 { "outbox" } else { "outbox_partition" };
                 self.frames.push_back(Frame::Relation(oid, name));
             }
             self.frames.push_back(Frame::Row(oid, row));
@@ -184,6 +195,8 @@ impl FakeSource {
         }
         let fatal = if self.strikes(Fault::FatalServerError) {
             Error::Server(server_error("42704", "publication does not exist"))
+        } else if self.strikes(Fault::Undecodable) {
+            Error::Server(server_error("XX000", "invalid memory alloc request size 2000000000"))
         } else if self.strikes(Fault::PublicationSkipped) {
             Error::PublicationSkipped(server_error("55000", "skipped loading publication"))
         } else {
@@ -200,12 +213,12 @@ impl FakeSource {
     fn send(&mut self, frame: Frame) -> Event {
         match frame {
             Frame::Begin(commit_lsn) => {
-                self.world.with(|state| state.streams[self.stream].in_transaction = true);
+                self.world.with(|state| state.streams[self.stream].transaction = Some(commit_lsn));
                 Event::Data(wire::begin(commit_lsn))
             }
             Frame::Relation(oid, name) => Event::Data(wire::relation(oid, name)),
             Frame::Row(oid, row) => {
-                let (name, is_poisoned) = self.world.with(|state| {
+                let (name, is_poisoned, size) = self.world.with(|state| {
                     state.sends(self.stream, row);
                     let fate = &state.rows[row];
                     if fate.poisoned || fate.inadmissible {
@@ -214,19 +227,19 @@ impl FakeSource {
                         stream.barrier_at = Instant::now();
                         state.lives[stream.life].condemned.push(Cause::Row);
                     }
-                    (state.name(row), state.rows[row].poisoned)
+                    (state.name(row), state.rows[row].poisoned, state.rows[row].size)
                 });
-                Event::Data(wire::insert(oid, &name, is_poisoned))
+                Event::Data(wire::insert(oid, &name, is_poisoned, &"-".repeat(size)))
             }
-            Frame::OtherRow | Frame::OtherRows(_) => Event::Data(wire::insert(wire::OTHER, "0", false)),
+            Frame::OtherRow | Frame::OtherRows(_) => Event::Data(wire::insert(wire::OTHER, "0", false, "{}")),
             Frame::Logical => Event::Data(wire::logical()),
             Frame::Commit(commit_lsn, end_lsn) => {
-                self.world.with(|state| state.streams[self.stream].in_transaction = false);
+                self.world.with(|state| state.streams[self.stream].transaction = None);
                 self.reach(end_lsn);
                 Event::Data(wire::commit(commit_lsn, end_lsn))
             }
             Frame::Keepalive(wal_end, reply_requested) => {
-                if !self.world.with(|state| state.streams[self.stream].in_transaction) {
+                if self.world.with(|state| state.streams[self.stream].transaction.is_none()) {
                     self.reach(wal_end);
                 }
                 Event::Keepalive { wal_end: Lsn::new(wal_end), reply_requested }
@@ -243,7 +256,9 @@ impl FakeSource {
             let stream = &mut state.streams[self.stream];
             if lsn > stream.reached {
                 (stream.reached, stream.reached_at) = (lsn, Instant::now());
+                stream.owed.sends(stream.sent.len(), lsn);
             }
+            state.proves(self.stream);
         });
     }
 
@@ -252,7 +267,7 @@ impl FakeSource {
         self.world.with(|state| {
             let stream = &state.streams[self.stream];
             let is_late = stream.last_status.elapsed() > SILENCE_MAX;
-            let excused = state.lives[stream.life].frozen || stream.is_excused;
+            let excused = state.lives[stream.life].frozen || stream.is_excused || stream.is_looking;
             let is_current = stream.epoch == state.epoch && state.holder == Some(self.stream);
             if is_late && is_current && !excused {
                 state.accuse("the server took the relay for dead: it said nothing for too long");
@@ -267,6 +282,7 @@ impl FakeSource {
         (self.is_asked, self.has_asked) = (self.is_asked || status.reply_requested, false);
         self.world.with(|state| {
             state.hears(self.stream, settled);
+            state.tells_in_time(self.stream);
             let stream = &mut state.streams[self.stream];
             (stream.told, stream.last_status) = (settled, Instant::now());
             state.lives[stream.life].frozen = false;
@@ -382,9 +398,13 @@ impl Source for FakeSource {
     async fn tables(&mut self, _xid: u32) -> Result<(Tables, bool), Error> {
         self.world.note("the catalog is asked for tables");
         if self.strikes(Fault::TablesSlow) {
-            self.world.with(|state| state.streams[self.stream].is_excused = true);
+            self.world.with(|state| state.streams[self.stream].is_looking = true);
             sleep(self.world.pause(Duration::from_secs(3))).await;
-            self.world.with(|state| state.streams[self.stream].is_excused = false);
+            self.world.with(|state| {
+                let stream = &mut state.streams[self.stream];
+                stream.is_looking = false;
+                stream.owed.excuses(Duration::ZERO);
+            });
         }
         if self.strikes(Fault::TablesFail) {
             return Err(Error::Closed);

@@ -55,13 +55,13 @@ pub(super) fn relation(oid: u32, name: &str) -> Bytes {
 }
 
 /// A row; a poisoned one has a NULL where no event can have one.
-pub(super) fn insert(oid: u32, id: &str, is_poisoned: bool) -> Bytes {
-    let mut bytes = BytesMut::new();
+pub(super) fn insert(oid: u32, id: &str, is_poisoned: bool, payload: &str) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(128 + payload.len());
     bytes.put_u8(b'I');
     bytes.put_u32(oid);
     bytes.put_u8(b'N');
     bytes.put_u16(COLUMNS.len() as u16);
-    for (value, name) in [id, "order", "1", "placed", "{}"].into_iter().zip(COLUMNS) {
+    for (value, name) in [id, "order", "1", "placed", payload].into_iter().zip(COLUMNS) {
         if is_poisoned && name == "type" {
             bytes.put_u8(b'n');
             continue;

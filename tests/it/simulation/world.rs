@@ -7,49 +7,16 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pgoutbox::relay;
+use pgoutbox::relay::{self, Settings};
 use tokio::time::Instant;
 
 use super::faults::{Dice, Fault, KINDS, Plan};
+use super::owed::Owed;
+use super::writers::{Entry, Fate, Row, WAL_START, write};
 
 /// Shared by everything in one simulation.
 #[derive(Clone)]
 pub(super) struct World(Arc<Mutex<State>>);
-
-/// A row by its number: rows are numbered in commit order.
-pub(super) type Row = usize;
-
-/// A piece of WAL.
-#[derive(Clone, Debug)]
-pub(super) struct Entry {
-    /// When it is there.
-    pub(super) at: Duration,
-    pub(super) commit_lsn: u64,
-    pub(super) end_lsn: u64,
-    /// Outbox rows; none: other tables' WAL, of which only the position is seen.
-    pub(super) rows: std::ops::Range<Row>,
-    /// In which partition they are.
-    pub(super) partition: u32,
-}
-
-/// What became of a row.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Fate {
-    /// In which transaction, and which of its rows.
-    pub(super) name: (usize, usize),
-    /// The broker holds it and has said so.
-    pub(super) acknowledged: bool,
-    /// A failover has undone its transaction.
-    pub(super) undone: bool,
-    /// The broker has refused it at least once; and refuses it so many times more.
-    pub(super) refused: bool,
-    pub(super) refusals: u32,
-    /// It can never be a message; the broker could never take it.
-    pub(super) poisoned: bool,
-    pub(super) inadmissible: bool,
-    /// An operator has done what the relay advised, and skipped it.
-    pub(super) skipped: bool,
-}
 
 /// What no retry can help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +42,10 @@ pub(super) struct Life {
     /// The stream that it opened last.
     pub(super) stream: Option<usize>,
     pub(super) window_messages: usize,
+    /// After so long without a proof of a peer's health it gives up; and when it had the last one, or at least a session.
+    pub(super) give_up_after: Option<Duration>,
+    pub(super) good_at: Option<Instant>,
+    pub(super) lived_at: Option<Instant>,
     /// Who said that no retry can help.
     pub(super) condemned: Vec<Cause>,
     /// ... in a way that ends the process before it opens anything else.
@@ -93,12 +64,14 @@ pub(super) struct Stream {
     pub(super) life: usize,
     pub(super) epoch: u32,
     pub(super) start: u64,
+    pub(super) began: Instant,
     pub(super) last_status: Instant,
     pub(super) told: u64,
     /// The greatest position sent that may be told, and when.
     pub(super) reached: u64,
     pub(super) reached_at: Instant,
-    pub(super) in_transaction: bool,
+    /// The transaction that is being sent, by its commit record.
+    pub(super) transaction: Option<u64>,
     /// The slot is free from then on.
     pub(super) free_at: Option<Instant>,
     pub(super) sent: Vec<Row>,
@@ -112,10 +85,13 @@ pub(super) struct Stream {
     /// Of the published ones, how many the relay knows to be settled, and since when.
     pub(super) settled: usize,
     pub(super) settled_at: Instant,
+    pub(super) owed: Owed,
     /// What was acknowledged when it began.
     pub(super) before: Vec<bool>,
     /// Something was done to it after which it need not tell all in time.
     pub(super) is_excused: bool,
+    /// The relay waits for the catalog, and tells nothing meanwhile.
+    pub(super) is_looking: bool,
 }
 
 pub(super) struct State {
@@ -136,6 +112,9 @@ pub(super) struct State {
     /// The slot in memory, and on disk.
     pub(super) confirmed: u64,
     pub(super) saved: u64,
+    /// Until when neither peer can be reached.
+    pub(super) database_away_until: Instant,
+    pub(super) broker_away_until: Instant,
     /// The furthest position that a keepalive has named.
     pub(super) announced: u64,
     pub(super) holder: Option<usize>,
@@ -168,10 +147,6 @@ enum Event {
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 const STOPS_WITHIN: Duration = Duration::from_secs(30);
 
-/// How long the writers may take between two transactions, and where the WAL begins.
-const GAP_MAX: u64 = 3000;
-pub(super) const WAL_START: u64 = 1000;
-
 impl World {
     pub(super) fn new(plan: &Plan) -> Self {
         let mut random = fastrand::Rng::with_seed(plan.seed);
@@ -191,6 +166,8 @@ impl World {
             epoch: 0,
             confirmed: WAL_START,
             saved: WAL_START,
+            database_away_until: Instant::now(),
+            broker_away_until: Instant::now(),
             announced: WAL_START,
             holder: None,
             was_moved: false,
@@ -218,7 +195,7 @@ impl World {
                 commit_lsn: WAL_START + 48 * number as u64,
                 end_lsn: WAL_START + 48 * (number as u64 + 1),
                 rows: number..number + 1,
-                partition: 0,
+                partitions: vec![0],
             };
             state.wal = (0..600).map(entry).collect();
             state.first_rows = (0..600).collect();
@@ -251,6 +228,7 @@ impl World {
         self.with(|state| {
             state.dice.heal();
             state.healed = true;
+            (state.database_away_until, state.broker_away_until) = (Instant::now(), Instant::now());
             for row in &mut state.rows {
                 (row.refusals, row.poisoned, row.inadmissible) = (0, false, false);
             }
@@ -278,10 +256,12 @@ impl World {
     }
 
     /// A process begins.
-    pub(super) fn begin_life(&self, window_messages: usize) -> usize {
+    pub(super) fn begin_life(&self, settings: &Settings) -> usize {
         self.with(|state| {
             let known = vec![false; state.rows.len()];
-            state.lives.push(Life { known, window_messages, ..Life::default() });
+            let (now, window_messages) = (Some(Instant::now()), settings.window_messages);
+            let life = Life { known, window_messages, good_at: now, lived_at: now, ..Life::default() };
+            state.lives.push(Life { give_up_after: settings.give_up_after, ..life });
             state.window_max = state.window_max.max(window_messages);
             state.lives.len() - 1
         })
@@ -335,12 +315,46 @@ impl State {
         let known = &self.lives[stream.life].known;
         let barrier = stream.barriers.iter().find(|(_, is_final)| *is_final || !self.healed);
         let is_due = barrier.is_some_and(|(barrier, _)| stream.sent[..*barrier].iter().all(|row| known[*row]));
-        let is_excused = stream.is_excused || self.lives[stream.life].frozen;
+        let is_excused = stream.is_excused || stream.is_looking || self.lives[stream.life].frozen;
         if stream.last_status.elapsed() < STATUS_INTERVAL {
             self.accuse("two statuses at once");
         } else if is_due && !is_excused && stream.barrier_at.max(stream.settled_at).elapsed() > STOPS_WITHIN {
             self.accuse("goes on at a row that cannot be delivered");
         }
+    }
+
+    /// What may be told from now on: rows were settled, or a position was sent.
+    pub(super) fn proves(&mut self, stream: usize) {
+        let stream = &mut self.streams[stream];
+        stream.owed.proves(&stream.sent, &self.lives[stream.life].known);
+    }
+
+    /// These rows are published at once.
+    pub(super) fn groups(&mut self, stream: usize, rows: &[Row]) {
+        let stream = &mut self.streams[stream];
+        let Some(first) = stream.sent.iter().rposition(|row| *row == rows[0]) else { return };
+        // At the beginning, rows that were settled before are left out.
+        let is_beginning = stream.published.is_empty();
+        stream.owed.groups(if is_beginning { 0 } else { first }, first + rows.len());
+    }
+
+    /// What is settled is told soon.
+    pub(super) fn tells_in_time(&mut self, stream: usize) {
+        let stream = &mut self.streams[stream];
+        let life = &self.lives[stream.life];
+        if stream.is_excused || stream.is_looking || life.frozen || life.is_leaving {
+            stream.owed.excuses(Duration::ZERO);
+        }
+        let (told, is_open) = (stream.told, stream.free_at.is_none() && stream.epoch == self.epoch);
+        if let Some(late) = stream.owed.late().filter(|late| is_open && *late > told) {
+            self.accuse(format!("told {told} although all was settled up to {late} for long"));
+        }
+    }
+
+    /// A process has seen a peer do what only a healthy one does; or it had a session.
+    pub(super) fn is_well(&mut self, life: usize) {
+        let life = &mut self.lives[life];
+        (life.good_at, life.lived_at) = (Some(Instant::now()), Some(Instant::now()));
     }
 
     /// Whether this process has the slot, and a stream.
@@ -454,47 +468,4 @@ impl State {
             Event::Told(stream, lsn) => format!("Postgres: hears {lsn} in session {stream}"),
         }
     }
-}
-
-/// What the applications write in this seed.
-fn write(plan: &Plan, random: &mut fastrand::Rng, dice: &mut Dice) -> (Vec<Entry>, Vec<Fate>) {
-    let (mut wal, mut rows) = (Vec::new(), Vec::new());
-    let (mut lsn, mut at, mut burst) = (WAL_START, 0, 0);
-    let (mut huge, mut cluster) = (false, 0);
-    for number in 0..random.u32(5..40).min(plan.transactions) {
-        if dice.strikes(Fault::Burst) {
-            burst = random.u32(3..10);
-        }
-        burst = burst.saturating_sub(1);
-        at += if burst > 0 { 0 } else { random.u64(0..GAP_MAX) };
-        if dice.strikes(Fault::LongSilence) {
-            at += random.u64(20_000..40_000);
-        }
-        // Sometimes nothing lies between two commits, sometimes much.
-        let between = if random.u8(..) < 20 { random.u64(..1_000_000) * 8 } else { random.u64(0..3) * 8 };
-        let commit_lsn = lsn + between;
-        let end_lsn = commit_lsn + 48;
-        lsn = end_lsn;
-        let mut count = if random.u8(..) < 180 { random.usize(1..12) } else { 0 };
-        if !huge && plan.transactions > 1 && dice.strikes(Fault::HugeTransaction) {
-            (huge, count) = (true, random.usize(200..1500));
-        }
-        if dice.strikes(Fault::Undeliverables) {
-            cluster = 3;
-        }
-        if cluster > 0 {
-            cluster -= 1;
-            at = wal.last().map_or(at, |last: &Entry| last.at.as_millis() as u64);
-        }
-        let first = rows.len();
-        for row in 0..count {
-            let (is_first, is_bad) = (row == 0, cluster > 0 && random.u8(..) < 40);
-            let poisoned = is_first && dice.strikes(Fault::Poison) || is_bad && random.bool();
-            let inadmissible = is_first && dice.strikes(Fault::Inadmissible) || is_bad && !poisoned;
-            rows.push(Fate { name: (number as usize, row), poisoned, inadmissible, ..Fate::default() });
-        }
-        let partition = if dice.strikes(Fault::UnknownPartition) { number } else { 0 };
-        wal.push(Entry { at: Duration::from_millis(at), commit_lsn, end_lsn, rows: first..rows.len(), partition });
-    }
-    (wal, rows)
 }

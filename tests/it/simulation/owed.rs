@@ -1,0 +1,71 @@
+//! Which positions a stream should have been told by now: it bounds what a kill sends again, however much there is to do.
+//!
+//! The trap: a position settles with the run that it stands in, or stands just before, and not with the row in front of it.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::writers::Row;
+
+/// What is settled is told within this: a status interval and what the fakes may pause.
+pub(super) const TOLD_WITHIN: Duration = Duration::from_secs(1);
+
+/// Of one stream.
+pub(super) struct Owed {
+    /// How many of the sent rows are known to be settled, without a gap.
+    proven: usize,
+    /// Positions that were sent, each behind so many rows.
+    sent: VecDeque<(usize, u64)>,
+    /// Those that may be told, and since when.
+    due: VecDeque<(Instant, usize, u64)>,
+    /// Before then nothing is late.
+    from: Instant,
+}
+
+impl Owed {
+    pub(super) fn new() -> Self {
+        Self { proven: 0, sent: VecDeque::new(), due: VecDeque::new(), from: Instant::now() }
+    }
+
+    /// A position was sent, behind so many rows.
+    pub(super) fn sends(&mut self, rows: usize, lsn: u64) {
+        self.sent.push_back((rows, lsn));
+    }
+
+    /// Rows were settled, or a position was sent.
+    pub(super) fn proves(&mut self, sent: &[Row], known: &[bool]) {
+        while sent.get(self.proven).is_some_and(|row| known[*row]) {
+            self.proven += 1;
+        }
+        while let Some((rows, lsn)) = self.sent.pop_front_if(|(rows, _)| *rows <= self.proven) {
+            self.due.push_back((Instant::now(), rows, lsn));
+        }
+    }
+
+    /// The sent rows from `first` to before `end` are one run.
+    pub(super) fn groups(&mut self, first: usize, end: usize) {
+        let is_open = |(at, rows, _): &mut (Instant, usize, u64)| *rows >= first && at.elapsed() <= TOLD_WITHIN;
+        while let Some((_, _, lsn)) = self.due.pop_back_if(is_open) {
+            self.sent.push_front((end, lsn));
+        }
+        for (rows, _) in self.sent.iter_mut().filter(|(rows, _)| *rows >= first && *rows < end) {
+            *rows = end;
+        }
+    }
+
+    /// Something keeps the relay from telling, for so long from now on.
+    pub(super) fn excuses(&mut self, pause: Duration) {
+        self.from = Instant::now() + pause + TOLD_WITHIN;
+    }
+
+    /// The furthest position that should have been told.
+    pub(super) fn late(&mut self) -> Option<u64> {
+        let mut late = None;
+        while let Some((_, _, lsn)) = self.due.pop_front_if(|(at, _, _)| at.elapsed() > TOLD_WITHIN) {
+            late = Some(lsn);
+        }
+        late.filter(|_| Instant::now() > self.from)
+    }
+}
