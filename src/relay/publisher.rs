@@ -11,12 +11,13 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::backlog::Backlog;
 use super::lease::Lease;
 use super::progress::{self, Progress};
 use super::window::{Need, Share, Window};
 use super::{Error, channel};
 use crate::lsn::Lsn;
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::outbox::{self, Item, Message, Position};
 use crate::retry::Retry;
 use crate::sink::{self, Receipt, Sink};
@@ -50,6 +51,7 @@ pub(super) struct Publisher<'a, K> {
     pub(super) progress: &'a Mutex<Progress>,
     pub(super) metrics: &'a Metrics,
     pub(super) lease: &'a Lease,
+    pub(super) backlog: Backlog,
     /// When the broker was last asked, or given something.
     pub(super) asked: Instant,
 }
@@ -131,7 +133,10 @@ impl<K: Sink> Publisher<'_, K> {
                 biased;
                 error = self.sink.failed(), if self.window.is_empty() => return Err(error.into()),
                 item = self.channel.next() => return Ok(item),
-                () = sleep_until(self.asked + IDLE_CHECK) => self.check().await?,
+                () = sleep_until(self.asked + IDLE_CHECK) => {
+                    self.backlog.none();
+                    self.check().await?;
+                }
             }
         }
     }
@@ -165,6 +170,7 @@ impl<K: Sink> Publisher<'_, K> {
     /// `false`: not any more, the stream is gone.
     async fn publish(&mut self, run: Run) -> Result<bool, Error> {
         let count = run.messages.len();
+        metrics::ages(run.committed_at.get(..1).unwrap_or_default()).for_each(|age| self.backlog.sees(age));
         let alone = run.messages.first().filter(|_| self.is_cautious()).map(|message| message.id.clone());
         let receipt = if count > 0 {
             if !self.may_publish().await? {
@@ -295,6 +301,7 @@ mod tests {
             progress: &Mutex::default(),
             metrics: &metrics,
             lease: &lease,
+            backlog: Backlog::default(),
             asked: Instant::now(),
         };
         let ended = timeout(Duration::from_secs(2), publisher.run()).await.expect("it is noticed");

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::backlog::Backlog;
 use super::lease::Lease;
 use super::progress::Caution;
 use super::publisher::Publisher;
@@ -160,6 +161,7 @@ async fn stream<S: super::Source, K: Sink>(
         progress,
         metrics,
         lease: &lease,
+        backlog: Backlog::default(),
         asked: Instant::now(),
     };
     let confirm_timeout = settings.confirm_timeout;

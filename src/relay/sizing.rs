@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Where it begins: enough for a broker on the same machine, and soon doubled for one far away.
-const FIRST: u32 = 64;
+const FIRST: u32 = 128;
 
 /// A turn lasts so many windows, and so long at least: shorter ones measure the scheduler.
 const TURN_WINDOWS: u64 = 3;
@@ -116,7 +116,7 @@ impl Sizing {
             size,
             mode: Mode::Climb { best: 0.0, rates: Vec::new() },
             turn: Turn::after(size),
-            is_growing: false,
+            is_growing: true,
             hold: HOLD.0,
         }
     }
@@ -373,7 +373,7 @@ mod tests {
 
     #[test]
     fn it_stays_within_its_bounds_and_equal_ones_fix_it() {
-        assert_eq!((Sizing::new(8, 20).now(), Sizing::new(100, 200).now(), Sizing::new(16, 1).now()), (20, 100, 1));
+        assert_eq!((Sizing::new(8, 20).now(), Sizing::new(200, 300).now(), Sizing::new(16, 1).now()), (20, 200, 1));
         for (min, max) in [(1, 1), (1, 2), (2, 3), (7, 7), (8, 100)] {
             let (start, mut sizing) = (Instant::now(), Sizing::new(min, max));
             let mut clock = 0.0;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::support::consumer::Consumer;
 use crate::support::load::{Oracle, Writers, judge};
 use crate::support::relay::Relay;
-use crate::support::{Outbox, shared_postgres, shared_rabbitmq};
+use crate::support::{Outbox, eventually, shared_postgres, shared_rabbitmq};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_committed_row_arrives_as_the_contract_says() {
@@ -41,5 +41,30 @@ async fn the_consumers_sequence_is_the_oracles_without_one_duplicate() {
     outbox.wait_confirmed(lsn).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(consumer.count(), received.len(), "nothing comes afterwards");
+    assert_eq!(relay.stop(), 0);
+}
+
+/// How the kernel schedules the relay: `policy` of proc_pid_stat(5).
+fn policy(relay: &Relay) -> String {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", relay.pid())).unwrap();
+    let after_name = stat.rsplit(')').next().unwrap();
+    after_name.split_whitespace().nth(38).unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_relay_is_a_batch_job_while_rows_are_late() {
+    const NORMAL: &str = "0";
+    const BATCH: &str = "3";
+    let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
+    let consumer = Consumer::start(&outbox).await;
+    outbox.insert("placed").await;
+    let is_late = "select clock_timestamp() > created_at + interval '1.1 s' from outbox";
+    eventually("a late row", async || outbox.text(is_late).await.as_deref() == Some("t")).await;
+    let relay = Relay::start(&outbox);
+    consumer.wait_distinct(1).await;
+    assert_eq!(policy(&relay), BATCH);
+    outbox.insert("placed").await;
+    consumer.wait_distinct(2).await;
+    assert_eq!(policy(&relay), NORMAL);
     assert_eq!(relay.stop(), 0);
 }
