@@ -9,8 +9,8 @@
 //! Three stations, each a plain loop, joined by bounded queues. The position takes the same road as the data: a checkpoint
 //! comes out of the settler only after every receipt before it, because a queue is a queue.
 //!
-//! Reading order: `progress` with `published`, `lease`, `channel`, `reader`, `window` with `sizing`, `publisher` with `backlog`,
-//! `settler`, `session`, `postgres`.
+//! Reading order: `progress` with `published`, `lease`, `channel`, `reader`, `window` with `sizing`, `publisher` with
+//! `backlog`, `settler`, `session`, `postgres`.
 
 mod backlog;
 mod channel;

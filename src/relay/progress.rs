@@ -31,7 +31,7 @@ pub struct Progress {
     steps: Steps,
 }
 
-/// How often something was settled that had not been. It rises whatever the server: after a failover positions are lower ones.
+/// How often something was settled that had not been. It rises whatever the server: after a failover positions are lower.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Steps {
     /// Runs of messages.
