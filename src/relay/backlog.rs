@@ -4,7 +4,8 @@
 //! A classic queue confirms almost one by one. Where broker and relay share processors, each confirm wakes up the relay,
 //! which takes a processor from the broker for it: both spend more on that than on the message. A batch job waits for its
 //! turn, and then finds many confirms. That costs a few milliseconds where the machine is busy, so only rows that are a
-//! second late pay it: after an outage, or when more is written than the broker takes.
+//! second late pay it, after an outage or when more is written than the broker takes, and only while they are confirmed one
+//! by one.
 //!
 //! The traps. It is a thread that is a batch job, so only a relay that has its thread for itself may ask for it. It is the
 //! operator's decision first: who is scheduled in another way stays so. And where the C library does not know the call
@@ -12,6 +13,7 @@
 
 use std::time::Duration;
 
+use nix::sys::resource::{UsageWho, getrusage};
 use preempt_rt::sched::{Pid, Scheduler, SchedulerParams, get_scheduler, set_scheduler};
 use tokio::runtime::{Handle, RuntimeFlavor};
 
@@ -19,11 +21,19 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 const LATE: Duration = Duration::from_secs(1);
 const IN_TIME: Duration = Duration::from_millis(500);
 
+/// Among so many late messages this thread slept more than this often: it is woken up for single ones. A quorum queue, which
+/// confirms in groups, lets it sleep for dozens at a time, and needs no help.
+const MESSAGES: usize = 512;
+const SLEEPS: i64 = 64;
+
 /// Whether late rows wait, and what follows from that. Dropped, none wait.
 #[derive(Debug, Default)]
 pub(super) struct Backlog {
     is_batch: bool,
     is_refused: bool,
+    /// Since sleeps were counted last.
+    messages: usize,
+    sleeps: i64,
 }
 
 impl Drop for Backlog {
@@ -33,13 +43,26 @@ impl Drop for Backlog {
 }
 
 impl Backlog {
-    /// A row is on its way, so long after its commit.
-    pub(super) fn sees(&mut self, age: Duration) {
-        if self.is_batch && age < IN_TIME {
-            self.none();
-        } else if !self.is_batch && !self.is_refused && age >= LATE {
-            self.is_batch = change(Scheduler::SCHED_NORMAL, Scheduler::SCHED_BATCH);
-            self.is_refused = !self.is_batch;
+    /// So many messages are on their way, the first of them so long after its commit.
+    pub(super) fn sees(&mut self, messages: usize, age: Duration) {
+        if self.is_batch {
+            if age < IN_TIME {
+                self.none();
+            }
+        } else if age < LATE || self.is_refused {
+            self.messages = 0;
+        } else {
+            if self.messages == 0 {
+                self.sleeps = sleeps();
+            }
+            self.messages += messages;
+            if self.messages >= MESSAGES {
+                self.messages = 0;
+                if sleeps() - self.sleeps > SLEEPS {
+                    self.is_batch = change(Scheduler::SCHED_NORMAL, Scheduler::SCHED_BATCH);
+                    self.is_refused = !self.is_batch;
+                }
+            }
         }
     }
 
@@ -48,7 +71,13 @@ impl Backlog {
         if std::mem::take(&mut self.is_batch) {
             change(Scheduler::SCHED_BATCH, Scheduler::SCHED_NORMAL);
         }
+        self.messages = 0;
     }
+}
+
+/// How often this thread has waited for something.
+fn sleeps() -> i64 {
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches())
 }
 
 /// Whether this thread is scheduled so now, and was in the other way.
@@ -68,24 +97,43 @@ mod tests {
         get_scheduler(Pid::current_thread()).unwrap()
     }
 
+    /// Late messages, and a nap before each if `naps`.
+    fn late(backlog: &mut Backlog, naps: bool) {
+        for _ in 0..=MESSAGES {
+            if naps {
+                std::thread::sleep(Duration::from_micros(1));
+            }
+            backlog.sees(1, LATE);
+        }
+    }
+
     #[tokio::test]
-    async fn a_thread_is_a_batch_job_from_a_late_row_to_one_in_time() {
+    async fn a_thread_that_is_woken_for_single_late_rows_is_a_batch_job_until_one_is_in_time() {
         let mut backlog = Backlog::default();
-        for (milliseconds, expected) in [
-            (999, Scheduler::SCHED_NORMAL),
-            (1000, Scheduler::SCHED_BATCH),
-            (500, Scheduler::SCHED_BATCH),
-            (499, Scheduler::SCHED_NORMAL),
-            (999, Scheduler::SCHED_NORMAL),
-            (1000, Scheduler::SCHED_BATCH),
-        ] {
-            backlog.sees(Duration::from_millis(milliseconds));
+        for (milliseconds, expected) in [(500, Scheduler::SCHED_BATCH), (499, Scheduler::SCHED_NORMAL)] {
+            late(&mut backlog, true);
+            assert_eq!(scheduler(), Scheduler::SCHED_BATCH);
+            backlog.sees(1, Duration::from_millis(milliseconds));
             assert_eq!(scheduler(), expected, "at {milliseconds} ms");
         }
+        late(&mut backlog, true);
         backlog.none();
         assert_eq!(scheduler(), Scheduler::SCHED_NORMAL);
-        backlog.sees(LATE);
+        late(&mut backlog, true);
+        assert_eq!(scheduler(), Scheduler::SCHED_BATCH);
         drop(backlog);
+        assert_eq!(scheduler(), Scheduler::SCHED_NORMAL);
+    }
+
+    #[tokio::test]
+    async fn rows_in_time_and_rows_that_come_together_make_no_batch_job() {
+        let mut backlog = Backlog::default();
+        late(&mut backlog, false);
+        assert_eq!(scheduler(), Scheduler::SCHED_NORMAL);
+        for _ in 0..=MESSAGES {
+            std::thread::sleep(Duration::from_micros(1));
+            backlog.sees(1, LATE.mul_f64(0.999));
+        }
         assert_eq!(scheduler(), Scheduler::SCHED_NORMAL);
     }
 
@@ -93,15 +141,15 @@ mod tests {
     async fn who_is_scheduled_in_another_way_stays_so() {
         assert!(change(Scheduler::SCHED_NORMAL, Scheduler::SCHED_BATCH));
         let mut backlog = Backlog::default();
-        backlog.sees(LATE);
-        backlog.sees(Duration::ZERO);
+        late(&mut backlog, true);
+        backlog.sees(1, Duration::ZERO);
         assert_eq!(scheduler(), Scheduler::SCHED_BATCH);
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_thread_that_others_use_is_left_alone() {
         let mut backlog = Backlog::default();
-        backlog.sees(LATE);
+        late(&mut backlog, true);
         assert_eq!(scheduler(), Scheduler::SCHED_NORMAL);
     }
 }

@@ -170,7 +170,7 @@ impl<K: Sink> Publisher<'_, K> {
     /// `false`: not any more, the stream is gone.
     async fn publish(&mut self, run: Run) -> Result<bool, Error> {
         let count = run.messages.len();
-        metrics::ages(run.committed_at.get(..1).unwrap_or_default()).for_each(|age| self.backlog.sees(age));
+        metrics::ages(run.committed_at.get(..1).unwrap_or_default()).for_each(|age| self.backlog.sees(count, age));
         let alone = run.messages.first().filter(|_| self.is_cautious()).map(|message| message.id.clone());
         let receipt = if count > 0 {
             if !self.may_publish().await? {

@@ -52,19 +52,22 @@ fn policy(relay: &Relay) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_relay_is_a_batch_job_while_rows_are_late() {
+async fn the_relay_is_a_batch_job_while_late_rows_come_one_by_one() {
     const NORMAL: &str = "0";
     const BATCH: &str = "3";
     let outbox = Outbox::create(shared_postgres(), shared_rabbitmq()).await;
     let consumer = Consumer::start(&outbox).await;
-    outbox.insert("placed").await;
-    let is_late = "select clock_timestamp() > created_at + interval '1.1 s' from outbox";
-    eventually("a late row", async || outbox.text(is_late).await.as_deref() == Some("t")).await;
-    let relay = Relay::start(&outbox);
-    consumer.wait_distinct(1).await;
+    let rows = "insert into outbox (aggregatetype, aggregateid, type) select 'order', n::text, 'placed' from \
+                generate_series(1, 700) n";
+    outbox.sql(rows).await;
+    let are_late = "select clock_timestamp() > max(created_at) + interval '1.1 s' from outbox";
+    eventually("late rows", async || outbox.text(are_late).await.as_deref() == Some("t")).await;
+    // With one in flight each is waited for.
+    let relay = Relay::start_with(&outbox, &[("rabbitmq.window_messages", "1")]);
+    consumer.wait_distinct(700).await;
     assert_eq!(policy(&relay), BATCH);
     outbox.insert("placed").await;
-    consumer.wait_distinct(2).await;
+    consumer.wait_distinct(701).await;
     assert_eq!(policy(&relay), NORMAL);
     assert_eq!(relay.stop(), 0);
 }
