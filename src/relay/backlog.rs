@@ -9,7 +9,8 @@
 //!
 //! The traps. It is a thread that is a batch job, so only a relay that has its thread for itself may ask for it. It is the
 //! operator's decision first: who is scheduled in another way stays so. And where the C library does not know the call
-//! (musl), or a filter of system calls forbids it, all is as it was.
+//! (musl), or a filter of system calls forbids it, all is as it was. Lateness is told by two clocks: where the server's is a
+//! second behind, all rows are late.
 
 use std::time::Duration;
 

@@ -175,6 +175,8 @@ impl Sizing {
                     let is_slow = f64::from(self.size) / rate > SLOW.as_secs_f64();
                     if !pays && is_slow {
                         self.size = (self.size / 2).max(FIRST).clamp(self.min, self.size);
+                        // What is twice as large was tried just now.
+                        self.is_growing = false;
                     }
                     self.compare();
                 }
@@ -332,6 +334,18 @@ mod tests {
                 assert!((2700..=4200).contains(&sizing.size), "noise {noise}, seed {seed}: {}", sizing.size);
             }
         }
+    }
+
+    #[test]
+    fn a_doubling_that_was_taken_back_is_not_what_is_tried_next() {
+        let (mut sizing, mut next) = (Sizing::new(MIN, 10_000), None);
+        while next.is_none() {
+            drive(&mut sizing, far, 0.0, 0, 0.1, |_, _| {});
+            if let Mode::Compare { other, .. } = &sizing.mode {
+                next = Some(*other);
+            }
+        }
+        assert!(next < Some(sizing.size), "{next:?} after {}", sizing.size);
     }
 
     /// There each doubling brings a little for long, and comparing tells quickly which was too much.
