@@ -79,7 +79,7 @@ pub const KEYS: [Key; 29] = [
     key(
         "rabbitmq.window_messages_min",
         "16",
-        "the window grows from here while the rate grows with it, and shrinks when only latency would; as large as \
+        "and at least: the window grows while the rate grows with it, and shrinks when only latency would; as large as \
          `window_messages`, it is fixed",
     ),
     key("rabbitmq.window_bytes", "4MiB", "their bytes, at most; a larger message goes alone"),

@@ -64,8 +64,8 @@ async fn the_relay_is_a_batch_job_while_late_rows_come_one_by_one() {
     eventually("late rows", async || outbox.text(are_late).await.as_deref() == Some("t")).await;
     // With one in flight each is waited for.
     let relay = Relay::start_with(&outbox, &[("rabbitmq.window_messages", "1")]);
+    eventually("a batch job", async || policy(&relay) == BATCH).await;
     consumer.wait_distinct(700).await;
-    assert_eq!(policy(&relay), BATCH);
     outbox.insert("placed").await;
     consumer.wait_distinct(701).await;
     assert_eq!(policy(&relay), NORMAL);

@@ -85,10 +85,15 @@ impl Broker for FakeBroker {
 }
 
 impl FakeSink {
-    fn write(&mut self, rows: &[Row]) {
-        let stream = *self.stream.get_or_insert_with(|| {
+    /// The one that was open when the first message came.
+    fn stream(&mut self) -> usize {
+        *self.stream.get_or_insert_with(|| {
             self.world.with(|state| state.lives[self.life].stream.expect("a stream is open when messages come"))
-        });
+        })
+    }
+
+    fn write(&mut self, rows: &[Row]) {
+        let stream = self.stream();
         for row in rows {
             self.published.push(*row);
             self.world.with(|state| {
@@ -152,8 +157,7 @@ impl Sink for FakeSink {
             self.world.accuse("an empty run");
         }
         let rows: Vec<Row> = self.world.with(|state| run.iter().map(|message| state.row(&message.id)).collect());
-        let stream =
-            self.world.with(|state| state.lives[self.life].stream.expect("a stream is open when messages come"));
+        let stream = self.stream();
         self.world.with(|state| state.groups(stream, &rows));
         if self.world.strikes(Fault::PublishFails) {
             self.excuse();
@@ -175,11 +179,7 @@ impl Sink for FakeSink {
         if self.world.strikes(Fault::PublishSlow) {
             let pause = self.world.pause(Duration::from_secs(2));
             // A position that was read meanwhile stands behind this run.
-            self.world.with(|state| {
-                if let Some(stream) = self.stream {
-                    state.streams[stream].owed.excuses(pause);
-                }
-            });
+            self.world.with(|state| state.streams[stream].owed.excuses(pause));
             sleep(pause).await;
         }
         if self.world.strikes(Fault::PublishBreaks) {
