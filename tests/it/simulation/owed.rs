@@ -20,7 +20,7 @@ pub(super) struct Owed {
     sent: VecDeque<(usize, u64)>,
     /// Those that may be told, and since when.
     due: VecDeque<(Instant, usize, u64)>,
-    /// Before then nothing is late.
+    /// Nothing may be told before.
     from: Instant,
 }
 
@@ -40,7 +40,7 @@ impl Owed {
             self.proven += 1;
         }
         while let Some((rows, lsn)) = self.sent.pop_front_if(|(rows, _)| *rows <= self.proven) {
-            self.due.push_back((Instant::now(), rows, lsn));
+            self.due.push_back((self.from.max(Instant::now()), rows, lsn));
         }
     }
 
@@ -55,9 +55,12 @@ impl Owed {
         }
     }
 
-    /// Something keeps the relay from telling, for so long from now on.
+    /// Something keeps the relay from telling, for so long from now on: it has its time for all of it afterwards.
     pub(super) fn excuses(&mut self, pause: Duration) {
-        self.from = Instant::now() + pause + TOLD_WITHIN;
+        self.from = self.from.max(Instant::now() + pause);
+        for (at, _, _) in &mut self.due {
+            *at = self.from.max(*at);
+        }
     }
 
     /// The furthest position that should have been told.
@@ -66,6 +69,6 @@ impl Owed {
         while let Some((_, _, lsn)) = self.due.pop_front_if(|(at, _, _)| at.elapsed() > TOLD_WITHIN) {
             late = Some(lsn);
         }
-        late.filter(|_| Instant::now() > self.from)
+        late
     }
 }
