@@ -6,7 +6,6 @@
 mod ask;
 mod clients;
 
-use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -30,15 +29,11 @@ pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(address).await
 }
 
-/// Serves until `stopped`.
+/// Serves as long as the process lives: a stop that takes its time is watched as well.
 ///
 /// # Errors
 /// Of the operating system.
-pub async fn serve(
-    listener: TcpListener,
-    metrics: Arc<Metrics>,
-    stopped: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
+pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>) -> std::io::Result<()> {
     let router = Router::new()
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -46,7 +41,7 @@ pub async fn serve(
         .route("/", get(page))
         .layer(map_response(last))
         .with_state(metrics);
-    axum::serve(clients::Few::new(listener), router).with_graceful_shutdown(stopped).await
+    axum::serve(clients::Few::new(listener), router).await
 }
 
 /// One answer a connection: a kept one would end by its deadline, perhaps in the middle of the client's next request.

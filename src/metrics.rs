@@ -85,6 +85,8 @@ struct State {
     refused: Option<String>,
     /// Why the last session ended, until the next one runs.
     waiting: Option<String>,
+    /// The process was told to end.
+    stopping: bool,
 }
 
 impl Default for Metrics {
@@ -193,6 +195,9 @@ impl Metrics {
     pub fn reasons(&self) -> Vec<String> {
         let state = self.state();
         let mut reasons = Vec::new();
+        if state.stopping {
+            reasons.push("stopping".to_owned());
+        }
         match state.heard {
             None => reasons.push("no stream from Postgres".to_owned()),
             Some((at, limit)) if at.elapsed() > limit => {
@@ -208,6 +213,11 @@ impl Metrics {
         // A refusal ends its session: said once.
         reasons.extend(state.waiting.iter().filter(|waiting| state.refused.as_ref() != Some(*waiting)).cloned());
         reasons
+    }
+
+    /// The process was told to end: whatever its peers say, nothing new is taken.
+    pub fn stopping(&self) {
+        self.state().stopping = true;
     }
 
     /// Postgres was heard last `at` then; the stream may be silent for `limit` from there.
@@ -308,6 +318,8 @@ mod tests {
         assert!(metrics.reasons()[0].contains("nothing heard"));
         metrics.closed(Some("the broker went".to_owned()));
         assert_eq!(metrics.reasons().len(), 3);
+        metrics.stopping();
+        assert_eq!(metrics.reasons().len(), 4);
     }
 
     #[test]

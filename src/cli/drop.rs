@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::finding::{Finding, Remedy};
 use crate::pg;
 use crate::pg::catalog::Control;
+use crate::pg::refusal::writing;
 use crate::pg::replication::Replication;
 use crate::pg::world::{Slot, World, identifier, literal};
 
@@ -72,6 +73,7 @@ async fn remove(config: &Config, control: &Control, world: &World) -> Result<(),
         Err(pg::Error::Server(error)) => {
             let remedy = match error.code() {
                 "42501" => Remedy::act("drop as the publication's owner with REPLICATION, or as a superuser"),
+                "25006" => writing(&world.role, &world.database),
                 "55006" => Remedy::act("stop the relay first"),
                 _ => Remedy::default(),
             };

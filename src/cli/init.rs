@@ -14,7 +14,7 @@ use crate::finding::{Finding, Remedy, as_called, word};
 use crate::outbox::template::Piece;
 use crate::outbox::{ColumnNames, Mapping};
 use crate::pg::catalog::Control;
-use crate::pg::refusal::{hba_name, raise};
+use crate::pg::refusal::{hba_name, raise, writing};
 use crate::pg::world::{World, identifier, literal};
 use crate::pg::{self, ServerError};
 use crate::sink::rabbitmq::{Address, set_permissions};
@@ -122,6 +122,7 @@ impl Creation<'_> {
             ("42501", "slot") => Remedy::sql(format!("ALTER ROLE {role} REPLICATION")),
             ("42501", _) => self.grant(kind, &role, &schema).await?,
             ("3F000", _) => Remedy::sql(format!("CREATE SCHEMA {schema} AUTHORIZATION {role}")),
+            ("25006", _) => writing(&self.world.role, &self.world.database),
             ("53400", _) => raise("max_replication_slots", self.world.slots_max),
             ("55000", "slot") => self.world.server_findings().into_iter().next()?.remedy,
             _ => return None,

@@ -79,8 +79,8 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
         return super::write_out(config.printed()).map(drop);
     }
     let metrics = Arc::new(Metrics::new());
-    let stop = stop_on_signal()?;
-    serve(&config, &metrics, stop.clone()).await?;
+    let stop = stop_on_signal(&metrics)?;
+    serve(&config, &metrics).await?;
     warn(&config.sink);
     let broker = Configured::of(config.sink, &metrics);
     let slot = config.names.slot.clone();
@@ -99,19 +99,17 @@ pub(super) async fn run(arguments: &Arguments, config: Config) -> Result<(), Err
 
 /// Says once what is unsafe on the way to the broker.
 fn warn(sink: &SinkSettings) {
-    if let SinkSettings::RabbitMq(settings) = sink {
-        settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
+    match sink {
+        SinkSettings::RabbitMq(settings) => settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}")),
+        SinkSettings::Stdout => Stdout::warning().iter().for_each(|warning| tracing::warn!("{warning}")),
     }
 }
 
-async fn serve(config: &Config, metrics: &Arc<Metrics>, mut stop: watch::Receiver<bool>) -> Result<(), Error> {
+async fn serve(config: &Config, metrics: &Arc<Metrics>) -> Result<(), Error> {
     let Some(address) = config.http else { return Ok(()) };
     let listener = http::listen(address).await.map_err(|source| cannot_listen(address, source))?;
     tracing::info!(%address, "probes and metrics");
-    let stopped = async move {
-        let _ = stop.wait_for(|stop| *stop).await;
-    };
-    tokio::spawn(http::serve(listener, metrics.clone(), stopped));
+    tokio::spawn(http::serve(listener, metrics.clone()));
     Ok(())
 }
 
@@ -130,17 +128,19 @@ fn cannot_listen(address: SocketAddr, source: std::io::Error) -> Error {
 }
 
 /// True once SIGTERM or SIGINT came.
-fn stop_on_signal() -> Result<watch::Receiver<bool>, Error> {
+fn stop_on_signal(metrics: &Arc<Metrics>) -> Result<watch::Receiver<bool>, Error> {
     let listen =
         |kind| signal(kind).map_err(|source| Error::System { doing: "cannot listen for signals".to_owned(), source });
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     let (sender, receiver) = watch::channel(false);
+    let metrics = metrics.clone();
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
         tracing::info!("stopping: settling what is in flight");
+        metrics.stopping();
         sender.send_replace(true);
         // Kept: a receiver must never see the sender go.
         std::future::pending::<()>().await;

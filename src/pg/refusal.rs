@@ -120,6 +120,13 @@ pub fn raise(setting: &str, now: u32) -> Remedy {
         .mind("Standbys first: theirs must not be lower")
 }
 
+/// Lets a role write whose transactions only read by default.
+pub fn writing(role: &str, database: &str) -> Remedy {
+    let (role, database) = (identifier(role), identifier(database));
+    Remedy::sql(format!("ALTER ROLE {role} IN DATABASE {database} SET default_transaction_read_only = off"))
+        .mind("What `options` of postgres.url or PGOPTIONS say goes before it")
+}
+
 /// What an operator can do about a refusal in a session, where the SQLSTATE alone tells.
 pub(super) fn session(error: &ServerError) -> Option<Remedy> {
     Some(match error.code() {

@@ -10,8 +10,10 @@
 
 mod line;
 
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
@@ -38,6 +40,15 @@ impl Stdout {
     /// Opens it.
     pub fn open() -> Self {
         Self
+    }
+
+    /// What an operator may not have meant: of a standard output that is closed, the standard library makes /dev/null, and
+    /// that takes everything.
+    pub fn warning() -> Option<&'static str> {
+        is_null().then_some(
+            "standard output is /dev/null, or was closed: all messages are thrown away, and Postgres is told that they are \
+             held. Remedy, if that is not meant: give it a reader, or a file",
+        )
     }
 }
 
@@ -69,6 +80,13 @@ impl Sink for Stdout {
     async fn check(&mut self) -> Result<(), Error> {
         Ok(())
     }
+}
+
+fn is_null() -> bool {
+    let device = |metadata: Metadata| metadata.file_type().is_char_device().then(|| metadata.rdev());
+    let stdout = io::stdout().as_fd().try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
+    let devices = stdout.and_then(|stdout| Ok((device(stdout), device(std::fs::metadata("/dev/null")?))));
+    devices.is_ok_and(|(stdout, null)| null.is_some() && stdout == null)
 }
 
 /// Writes all of it, on a line of its own.

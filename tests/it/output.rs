@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 use crate::support::consumer::Consumer;
 use crate::support::relay::{Relay, Way, environment, pgoutbox};
@@ -226,6 +227,45 @@ async fn a_standard_output_that_is_never_read_does_not_hold_up_the_end() {
     outbox.sql(sql).await;
     reader.read_exact(&mut [0; 10]).unwrap();
     assert_eq!(relay.stop_within(Duration::from_secs(15)), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_that_waits_for_its_reader_is_seen_by_the_probes_until_it_ends() {
+    let outbox = outbox().await;
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let copy = writer.try_clone().unwrap();
+    let relay = Relay::start_by(to_stdout(writer), &outbox, &[("sink", "stdout"), ("run.drain_timeout", "60s")]);
+    relay.ready().await;
+    outbox.sql(LARGE).await;
+    eventually("it takes no more", || async { !takes_more(&copy) }).await;
+    drop(copy);
+    relay.signal(Signal::SIGTERM);
+    eventually("it is stopping", || async { relay.get("/readyz").1.contains("\"stopping\"") }).await;
+    assert_eq!((relay.get("/readyz").0, relay.get("/livez").0), (503, 200));
+    assert_eq!((relay.metric("pgoutbox_ready"), relay.metric("pgoutbox_settled_total")), (0.0, 0.0));
+    let reading = std::thread::spawn(move || {
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        text
+    });
+    assert_eq!(relay.exit_code(), 0);
+    assert_eq!(reading.join().unwrap().lines().filter_map(id).count(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_throws_all_messages_away_is_told_so() {
+    let outbox = outbox().await;
+    let closed = ["sh", "-c", "exec \"$@\" >&-", "sh"].map(str::to_owned).to_vec();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    for (way, throws) in
+        [(Way::default(), true), (Way { under: closed, ..Way::default() }, true), (to_stdout(writer), false)]
+    {
+        let relay = Relay::start_by(way, &outbox, &[("sink", "stdout")]);
+        relay.ready().await;
+        let says = "standard output is /dev/null, or was closed: all messages are thrown away";
+        assert_eq!(relay.log().contains(says), throws, "{}", relay.log());
+        assert_eq!(relay.stop(), 0);
+    }
 }
 
 /// Five rows, each larger than what a pipe or a socket holds.

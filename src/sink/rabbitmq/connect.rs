@@ -18,7 +18,7 @@ use super::address::{Address, Mechanism};
 use super::frames::{Fault, Word};
 use super::link::{Link, Stream};
 use super::refusal::Account;
-use super::{Settings, tls, wire};
+use super::{GOODBYE, Settings, tls, wire};
 use crate::lookup::Lookups;
 use crate::metrics::Metrics;
 use crate::sink::Error;
@@ -132,10 +132,24 @@ async fn speak(
     };
     let greeted = timeout(ANSWER_TIMEOUT, greeting).await.unwrap_or_else(|_| Err(Fault::Lost(late(ANSWER_TIMEOUT))));
     let mut opened = greeted.map_err(|fault| account.outside(&fault))?;
-    if let Some(settings) = publishing {
-        prepare(&mut opened.link, settings, account, metrics).await?;
+    let Some(settings) = publishing else { return Ok(opened) };
+    match prepare(&mut opened.link, settings, account, metrics).await {
+        Ok(()) => Ok(opened),
+        Err(error) => {
+            // An exchange is waited for, perhaps for long: no warning in the broker's log for each look.
+            if is_answer(&error) {
+                leave(&mut opened.link, metrics, "not set up yet").await;
+            }
+            Err(error)
+        }
     }
-    Ok(opened)
+}
+
+/// Says goodbye; nothing depends on the answer.
+pub(super) async fn leave(link: &mut Link, metrics: &Metrics, reason: &str) {
+    let say = |out: &mut BytesMut| wire::close(out, reason);
+    let closed = |word: &Word| matches!(word, Word::CloseOk);
+    let _ = timeout(GOODBYE, ask(link, metrics, "closing", say, closed)).await;
 }
 
 async fn prepare(link: &mut Link, settings: &Settings, account: &Account, metrics: &Metrics) -> Result<(), Error> {

@@ -8,13 +8,12 @@
 use std::collections::BTreeSet;
 
 use bytes::BytesMut;
-use tokio::time::timeout;
 
-use super::connect::{ask, enter};
+use super::connect::{ask, enter, leave};
 use super::frames::{Close, FRAME_OVERHEAD, Fault, Word};
 use super::link::Link;
 use super::refusal::{Account, is_about_topic};
-use super::{GOODBYE, Limits, Settings, management, message_bytes_max, wire};
+use super::{Limits, Settings, management, message_bytes_max, wire};
 use crate::finding::{Finding, Look, Remedy, explain};
 use crate::metrics::Metrics;
 use crate::outbox::Message;
@@ -303,11 +302,8 @@ impl Probe {
         }
     }
 
-    /// Says goodbye; nothing depends on the answer.
     async fn leave(mut self) {
-        let say = |out: &mut BytesMut| wire::close(out, "checked");
-        let _ =
-            timeout(GOODBYE, ask(&mut self.link, &self.metrics, "closing", say, |word| *word == Word::CloseOk)).await;
+        leave(&mut self.link, &self.metrics, "checked").await;
     }
 }
 

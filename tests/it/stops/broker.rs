@@ -38,7 +38,8 @@ async fn not_ready(relay: &Relay, reason: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exchange_that_nobody_declared_is_waited_for() {
-    let outbox = outbox().await;
+    let rabbitmq = RabbitMq::start().unwrap();
+    let outbox = Outbox::create(shared_postgres(), &rabbitmq).await;
     let relay = Relay::start_with(&outbox, &[("rabbitmq.declare", "false")]);
     not_ready(&relay, &format!("exchange {} does not exist", outbox.name)).await;
     assert!(relay.log().contains("rabbitmq.declare = true"), "{}", relay.log());
@@ -59,7 +60,16 @@ async fn an_exchange_that_nobody_declared_is_waited_for() {
     let consumer = Consumer::start(&outbox).await;
     assert_eq!(consumer.wait_distinct(1).await[0].id, id);
     relay.ready().await;
+    let sessions = relay.metric("pgoutbox_sessions_total{end=\"broker\"}");
     assert_eq!(relay.stop(), 0);
+    assert!(sessions >= 1.0, "{sessions}");
+    // Who waits for days warns of nothing there: each look has said goodbye.
+    let ends = || {
+        let is_ours = |line: &&str| line.contains("closing AMQP connection") && line.contains("- pgoutbox");
+        rabbitmq.log().lines().filter(is_ours).map(str::to_owned).collect::<Vec<_>>()
+    };
+    eventually("the broker has seen the ends", || async { ends().len() > sessions as usize }).await;
+    assert!(ends().iter().all(|line| line.contains("[info]")), "{:#?}", ends());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -101,10 +101,35 @@ async fn drop_removes_both_or_nothing() {
     outbox.confirmed().await;
     outbox.sql(&format!("alter role {role} superuser; alter role {role} set default_transaction_read_only = on")).await;
     let (code, out, err) = verb(&seen_by(&role, &outbox).await, &["drop", "--yes"]);
-    assert!(code == WORLD && err.contains("nothing changed"), "{code} {out}{err}");
+    assert!(code == WORLD && err.contains("nothing changed") && err.contains(&lets_write(&role, &outbox)), "{out}{err}");
     outbox.confirmed().await;
     let (code, out, err) = verb(&outbox, &["drop", "--yes"]);
     assert!(code == 0 && out.matches("dropped").count() == 2, "{code} {out}{err}");
+}
+
+/// What lets a role write in this database.
+fn lets_write(role: &str, outbox: &Outbox) -> String {
+    format!("ALTER ROLE {role} IN DATABASE {} SET default_transaction_read_only = off;", outbox.name)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_role_that_only_reads_by_default_is_told_how_it_writes() {
+    let outbox = empty().await;
+    let role = format!("{}_setup", outbox.name);
+    let reads = "set default_transaction_read_only = on";
+    outbox
+        .sql(&format!(
+            "create role {role} login superuser; alter role {role} {reads}; \
+             alter role {role} in database {} {reads}",
+            outbox.name
+        ))
+        .await;
+    let (code, out, err) = verb(&seen_by(&role, &outbox).await, &["init"]);
+    let remedy = lets_write(&role, &outbox);
+    assert!(code == WORLD && err.contains("table public.outbox cannot be made") && err.contains(&remedy), "{out}{err}");
+    outbox.sql(&remedy).await;
+    let (code, out, err) = verb(&seen_by(&role, &outbox).await, &["init"]);
+    assert!(code == 0 && out.contains("ready"), "{out}{err}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
