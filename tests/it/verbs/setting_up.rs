@@ -101,7 +101,10 @@ async fn drop_removes_both_or_nothing() {
     outbox.confirmed().await;
     outbox.sql(&format!("alter role {role} superuser; alter role {role} set default_transaction_read_only = on")).await;
     let (code, out, err) = verb(&seen_by(&role, &outbox).await, &["drop", "--yes"]);
-    assert!(code == WORLD && err.contains("nothing changed") && err.contains(&lets_write(&role, &outbox)), "{out}{err}");
+    assert!(
+        code == WORLD && err.contains("nothing changed") && err.contains(&lets_write(&role, &outbox)),
+        "{out}{err}"
+    );
     outbox.confirmed().await;
     let (code, out, err) = verb(&outbox, &["drop", "--yes"]);
     assert!(code == 0 && out.matches("dropped").count() == 2, "{code} {out}{err}");
