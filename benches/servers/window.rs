@@ -46,7 +46,7 @@ pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
     subjects.extend(Subject::against());
     let near = arena.rabbitmq.port();
     let far = delay::proxy(near, ROUND_TRIP / 2);
-    let rounds = rounds().min(3);
+    let rounds = rounds();
     for queue in Queue::ALL {
         windows(
             arena,
@@ -57,7 +57,7 @@ pub(crate) fn run(arena: &mut Arena, results: &mut Results) {
         );
     }
     let name = format!("classic, {} ms away", ROUND_TRIP.as_millis());
-    windows(arena, results, &Place { name, queue: Queue::Classic, port: far, times: FAR }, &subjects, rounds.min(2));
+    windows(arena, results, &Place { name, queue: Queue::Classic, port: far, times: FAR }, &subjects, rounds.min(3));
 }
 
 /// A queue and the way to it.

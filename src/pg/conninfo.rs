@@ -236,7 +236,8 @@ fn url_hosts(values: &mut Values, hosts: &str) -> Result<(), String> {
         names.push(decoded(name)?);
         ports.push(decoded(port)?);
     }
-    if names.iter().any(|name| !name.is_empty()) {
+    // Several hosts are several, also where none has a name: each is the default then.
+    if names.len() > 1 || names.iter().any(|name| !name.is_empty()) {
         values.set("host", names.join(","));
     }
     if ports.iter().any(|port| !port.is_empty()) {
@@ -304,6 +305,8 @@ mod tests {
             ("postgresql://h?requiressl=0", &[("host", "h"), ("sslmode", "prefer")]),
             ("postgresql://h1:123,h2:456/x", &[("dbname", "x"), ("host", "h1,h2"), ("port", "123,456")]),
             ("postgresql://h1,h2:456/x", &[("dbname", "x"), ("host", "h1,h2"), ("port", ",456")]),
+            ("postgresql://:1,:2/x", &[("dbname", "x"), ("host", ","), ("port", "1,2")]),
+            ("postgresql://:1/x", &[("dbname", "x"), ("port", "1")]),
             ("postgresql://[2001:db8::1234]/database", &[("dbname", "database"), ("host", "2001:db8::1234")]),
             ("postgresql://%2Fvar%2Flib/dbname", &[("dbname", "dbname"), ("host", "/var/lib")]),
             (

@@ -307,6 +307,10 @@ mod tests {
         let settings = Settings::parse("host=a,b hostaddr=127.0.0.1,::1 user=u", none).unwrap();
         let addresses: Vec<_> = settings.hosts.iter().filter_map(|host| host.address).collect();
         assert_eq!(addresses, ["127.0.0.1".parse::<IpAddr>().unwrap(), "::1".parse().unwrap()]);
+        // Sockets in the default place.
+        let ports =
+            |text| Settings::parse(text, none).map(|settings| settings.hosts.iter().map(|host| host.port).collect());
+        assert_eq!(ports("postgresql://:1,:2/x"), Ok(vec![1, 2]));
         for text in ["host=a,b hostaddr=127.0.0.1", "host=a,b,c port=1,2", "host=a port=70000", "hostaddr=a"] {
             assert!(Settings::parse(text, none).is_err(), "{text}");
         }
