@@ -141,11 +141,13 @@ impl<K: Sink> Publisher<'_, K> {
         }
     }
 
-    /// Takes what is there, as long as the window has room. Returns a message that found none, or that can never go: the
-    /// next run begins with it, and what was before it is on its way.
+    /// Takes what is there, as long as the window has room. Returns a message that found none, that can never go, or that
+    /// stands behind a checkpoint with which the run began, and which is settled by now: the next run begins with it, and
+    /// what was before it is on its way.
     async fn gather(&mut self, run: &mut Run) -> Option<Item> {
         let (mut need, room) = (Need::default(), self.window.room());
         let mut left = None;
+        let begins_with_checkpoint = run.messages.is_empty();
         while run.messages.len() < RUN_MESSAGES && left.is_none() {
             match self.channel.next_here() {
                 None => break,
@@ -153,7 +155,7 @@ impl<K: Sink> Publisher<'_, K> {
                 Some(Item::Message(position, message)) => {
                     let bytes = message.bytes();
                     let more = self.window.with(need, bytes);
-                    if more.fits(room) && self.sink.admit(&message).is_ok() {
+                    if !begins_with_checkpoint && more.fits(room) && self.sink.admit(&message).is_ok() {
                         need = more;
                         run.add(position, message, bytes);
                     } else {

@@ -1,6 +1,6 @@
 //! Which positions a stream should have been told by now: it bounds what a kill sends again, however much there is to do.
 //!
-//! The trap: a position settles with the run that it stands in, or stands just before, and not with the row in front of it.
+//! The trap: a position settles with the run that it stands in, and not with the row in front of it.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub(super) struct Owed {
     /// Positions that were sent, each behind so many rows.
     sent: VecDeque<(usize, u64)>,
     /// Those that may be told, and since when.
-    due: VecDeque<(Instant, usize, u64)>,
+    due: VecDeque<(Instant, u64)>,
     /// Nothing may be told before.
     from: Instant,
 }
@@ -39,18 +39,14 @@ impl Owed {
         while sent.get(self.proven).is_some_and(|row| known[*row]) {
             self.proven += 1;
         }
-        while let Some((rows, lsn)) = self.sent.pop_front_if(|(rows, _)| *rows <= self.proven) {
-            self.due.push_back((self.from.max(Instant::now()), rows, lsn));
+        while let Some((_, lsn)) = self.sent.pop_front_if(|(rows, _)| *rows <= self.proven) {
+            self.due.push_back((self.from.max(Instant::now()), lsn));
         }
     }
 
     /// The sent rows from `first` to before `end` are one run.
     pub(super) fn groups(&mut self, first: usize, end: usize) {
-        let is_open = |(at, rows, _): &mut (Instant, usize, u64)| *rows >= first && at.elapsed() <= TOLD_WITHIN;
-        while let Some((_, _, lsn)) = self.due.pop_back_if(is_open) {
-            self.sent.push_front((end, lsn));
-        }
-        for (rows, _) in self.sent.iter_mut().filter(|(rows, _)| *rows >= first && *rows < end) {
+        for (rows, _) in self.sent.iter_mut().filter(|(rows, _)| *rows > first && *rows < end) {
             *rows = end;
         }
     }
@@ -58,7 +54,7 @@ impl Owed {
     /// Something keeps the relay from telling, for so long from now on: it has its time for all of it afterwards.
     pub(super) fn excuses(&mut self, pause: Duration) {
         self.from = self.from.max(Instant::now() + pause);
-        for (at, _, _) in &mut self.due {
+        for (at, _) in &mut self.due {
             *at = self.from.max(*at);
         }
     }
@@ -66,7 +62,7 @@ impl Owed {
     /// The furthest position that should have been told.
     pub(super) fn late(&mut self) -> Option<u64> {
         let mut late = None;
-        while let Some((_, _, lsn)) = self.due.pop_front_if(|(at, _, _)| at.elapsed() > TOLD_WITHIN) {
+        while let Some((_, lsn)) = self.due.pop_front_if(|(at, _)| at.elapsed() > TOLD_WITHIN) {
             late = Some(lsn);
         }
         late

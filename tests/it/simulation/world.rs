@@ -333,9 +333,7 @@ impl State {
     pub(super) fn groups(&mut self, stream: usize, rows: &[Row]) {
         let stream = &mut self.streams[stream];
         let Some(first) = stream.sent.iter().rposition(|row| *row == rows[0]) else { return };
-        // At the beginning, rows that were settled before are left out.
-        let is_beginning = stream.published.is_empty();
-        stream.owed.groups(if is_beginning { 0 } else { first }, first + rows.len());
+        stream.owed.groups(first, first + rows.len());
     }
 
     /// What is settled is told soon.
