@@ -16,12 +16,13 @@ test: ## every test, against real servers
 	cargo test --all-targets
 	cargo test --doc
 
-check: ## format, lints, documentation, house rules; no servers
+check: ## format, lints, documentation, house rules, whether plants still fit; no servers
 	@scripts/install-servers --compiler-only
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps
 	cargo test --test it -- tidy the_settings_in_the_package
+	scripts/plant-bugs --fit
 
 bench: ## against the limits of the two servers: PART=rate,latency for some, BENCH_ROUNDS (5), BENCH_ROWS (100000)
 	@scripts/install-servers
