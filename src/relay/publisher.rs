@@ -142,8 +142,8 @@ impl<K: Sink> Publisher<'_, K> {
     }
 
     /// Takes what is there, as long as the window has room. Returns a message that found none, that can never go, or that
-    /// stands behind a checkpoint with which the run began, and which is settled by now: the next run begins with it, and
-    /// what was before it is on its way.
+    /// stands behind a checkpoint with which the run began, and which waits for nothing that comes after it: the next run
+    /// begins with it, and what was before it is on its way.
     async fn gather(&mut self, run: &mut Run) -> Option<Item> {
         let (mut need, room) = (Need::default(), self.window.room());
         let mut left = None;
