@@ -1,12 +1,12 @@
 //! How large the window is: as small as the broker's full rate allows. Pure: it is told what settled and when.
 //!
 //! In flight = rate x latency (Little's law). While the pipe is not full, a larger window buys rate; once it is, it buys
-//! only latency, memory and duplicates. So the size doubles as long as that pays, and then is compared, in short turns, with
-//! one twice as large and one a little smaller, for as many turns as the noise of the rates asks for. What changes nothing
-//! is tried again, later and later.
+//! only latency, memory and duplicates. So the size is compared, in short turns, with one twice as large or one a little
+//! smaller, for as many turns as the noise of the rates asks for. What changes nothing is tried again, later and later.
 //!
 //! The traps. A rate that the source sets says nothing about the window: turns in which the window was not full do not
-//! count. And what settles just after a change was published before it: each turn begins when one window has passed.
+//! count. What settles just after a change was published before it: each turn begins when one window has passed. And a
+//! broker gets faster in its first seconds, whatever the window: who goes second in a pair of turns goes first in the next.
 
 use std::time::Duration;
 
@@ -22,21 +22,31 @@ const TURN_MIN: Duration = Duration::from_millis(40);
 /// The window was full: on average so much of it was in flight.
 const FULL: f64 = 0.7;
 
-/// Doubling goes on while it brings a twelfth, by the median of so many turns; or this, which no noise brings, in one turn.
-const CLIMB: f64 = 1.08;
-const CLIMB_TURNS: usize = 3;
-const CLIMB_SURE: f64 = 1.5;
+/// On the way up from where it began, this in one turn is taken for a pipe that is far from full: no noise brings it.
+const SURE: f64 = 1.5;
 
-/// Where a window takes so long, comparing takes seconds: a doubling that did not pay is taken back at once, and not
-/// compared with next. Elsewhere one that brought a little is kept, since comparing soon tells.
-const SLOW: Duration = Duration::from_millis(50);
+/// A broker that takes so long for one window is far.
+const FAR: Duration = Duration::from_millis(50);
 
-/// Twice the size must bring more than 3 %; a smaller one may cost 1.5 %: both far below what a user sees.
-const LARGER: f64 = 1.03;
-const SMALLER: f64 = 0.985;
+/// What a comparison asks of the other size.
+#[derive(Clone, Copy, Debug)]
+struct Demand {
+    /// Its rate must be more than so much of ours.
+    factor: f64,
+    /// Pairs of turns after which it is decided, however noisy.
+    pairs_max: u32,
+    /// And by so much more then, in errors of the mean.
+    errors: f64,
+}
 
-/// Pairs of turns after which a comparison with a smaller size is decided, however noisy; with a larger one, twice as many.
-const PAIRS_MAX: u32 = 24;
+/// Twice the size must bring more than 3 %, a smaller one may cost 1.5 %: both far below what a user sees. To grow by
+/// mistake costs more than not to shrink; but on the way up, what brings much must not take seconds. Far away a pair takes
+/// seconds, and so long a window twice as large is in use for half of the time: there the way up ends with the first that
+/// brings little.
+const UP: Demand = Demand { factor: 1.03, pairs_max: 6, errors: 0.0 };
+const UP_FAR: Demand = Demand { factor: 1.08, pairs_max: 2, errors: 0.0 };
+const LARGER: Demand = Demand { factor: 1.03, pairs_max: 48, errors: 1.0 };
+const SMALLER: Demand = Demand { factor: 0.985, pairs_max: 24, errors: 0.0 };
 
 /// Between two comparisons that changed nothing, at first and at most.
 const HOLD: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(8));
@@ -49,15 +59,23 @@ pub(super) struct Sizing {
     size: u32,
     mode: Mode,
     turn: Turn,
+    /// All comparisons so far were for more.
+    is_on_its_way_up: bool,
     is_growing: bool,
     hold: Duration,
 }
 
 #[derive(Debug)]
 enum Mode {
-    Climb { best: f64, rates: Vec<f64> },
-    Hold { until: Instant },
-    Compare { other: u32, pairs: Pairs, ours: Option<f64> },
+    Hold {
+        until: Instant,
+    },
+    /// `first`: the rate of the pair's first turn, once it is over.
+    Compare {
+        other: u32,
+        pairs: Pairs,
+        first: Option<f64>,
+    },
 }
 
 /// What settled in this turn.
@@ -86,23 +104,30 @@ impl Turn {
 }
 
 impl Pairs {
+    /// The next one. Who always went second would have what changes with time for itself.
+    fn begins_with_other(self) -> bool {
+        !self.count.is_multiple_of(2)
+    }
+
     fn add(&mut self, ratio: f64) {
         self.count += 1;
         self.sum += ratio;
         self.squares += ratio * ratio;
     }
 
-    /// Whether the other size's rate is more than `factor` of ours; `None`: too early to say.
-    fn exceeds(self, factor: f64) -> Option<bool> {
-        let (count, threshold) = (f64::from(self.count), factor.ln());
+    /// Whether the other size does what it must; `None`: too early to say.
+    fn meet(self, demand: Demand) -> Option<bool> {
+        let (count, threshold) = (f64::from(self.count), demand.factor.ln());
         let mean = self.sum / count;
         let variance = ((self.squares - self.sum * mean) / (count - 1.0)).max(0.0);
+        let error = variance.sqrt().max(0.01) / count.sqrt();
         // Two pairs that agree by chance are not certain.
-        let error = variance.sqrt().max(0.01) / count.sqrt() * 2.0 + if self.count == 2 { 0.05 } else { 0.0 };
-        let is_clear = self.count >= 2 && (mean - threshold).abs() > error;
-        // To grow by mistake costs more than not to shrink.
-        let pairs_max = if factor > 1.0 { 2 * PAIRS_MAX } else { PAIRS_MAX };
-        (is_clear || self.count >= pairs_max).then_some(mean > threshold)
+        let certain = 2.0 * error + if self.count == 2 { 0.05 } else { 0.0 };
+        // Of an odd number, one has nobody who went second against it.
+        if self.count.is_multiple_of(2) && (mean - threshold).abs() > certain {
+            return Some(mean > threshold);
+        }
+        (self.count >= demand.pairs_max).then_some(mean > threshold + demand.errors * error)
     }
 }
 
@@ -111,21 +136,26 @@ impl Sizing {
     pub(super) fn new(min: u32, max: u32) -> Self {
         let min = min.clamp(1, max.max(1));
         let size = FIRST.clamp(min, max.max(1));
-        Self {
+        let mut sizing = Self {
             min,
             max: max.max(1),
             size,
-            mode: Mode::Climb { best: 0.0, rates: Vec::new() },
+            mode: Mode::Hold { until: Instant::now() },
             turn: Turn::after(size),
+            is_on_its_way_up: true,
             is_growing: true,
             hold: HOLD.0,
+        };
+        if min < sizing.max {
+            sizing.compare(None);
         }
+        sizing
     }
 
     /// How many messages may be in flight now.
     pub(super) fn now(&self) -> u32 {
         match &self.mode {
-            Mode::Compare { other, ours: Some(_), .. } => *other,
+            Mode::Compare { other, pairs, first } if pairs.begins_with_other() != first.is_some() => *other,
             _ => self.size,
         }
     }
@@ -151,54 +181,47 @@ impl Sizing {
         let was_full = turn.in_flight as f64 / count >= FULL * f64::from(size);
         if was_full {
             self.learn(count / elapsed.as_secs_f64(), now);
-        } else if !matches!(self.mode, Mode::Climb { .. }) {
+        } else {
             // A comparison that the source interrupts compares nothing.
             self.mode = Mode::Hold { until: now };
         }
-        self.turn = Turn::after(size.max(self.now()));
+        self.turn = Turn::after(if self.now() == size { 0 } else { size.max(self.now()) });
     }
 
     fn learn(&mut self, rate: f64, now: Instant) {
         match &mut self.mode {
-            Mode::Climb { best, rates } => {
-                rates.push(rate);
-                let is_sure = *best > 0.0 && rate > *best * CLIMB_SURE;
-                if rates.len() < CLIMB_TURNS && !is_sure {
-                    return;
-                }
-                rates.sort_by(f64::total_cmp);
-                let rate = if is_sure { rate } else { rates.get(CLIMB_TURNS / 2).copied().unwrap_or(rate) };
-                let pays = rate > *best * CLIMB;
-                if pays && self.size < self.max {
-                    self.mode = Mode::Climb { best: rate, rates: Vec::new() };
-                    self.size = self.size.saturating_mul(2).min(self.max);
-                } else {
-                    let is_slow = f64::from(self.size) / rate > SLOW.as_secs_f64();
-                    if !pays && (is_slow || rate < *best * LARGER) {
-                        self.size = (self.size / 2).max(FIRST).clamp(self.min, self.size);
-                        // What is twice as large was tried just now; near by it is tried again, and better, soon enough.
-                        self.is_growing = !is_slow;
-                    }
-                    self.compare();
-                }
-            }
             Mode::Hold { until } => {
                 if now >= *until {
-                    self.compare();
+                    self.compare(None);
                 }
             }
-            Mode::Compare { ours: ours @ None, .. } => *ours = Some(rate),
-            Mode::Compare { other, pairs, ours } => {
-                pairs.add((rate / ours.take().unwrap_or(rate)).ln());
-                match pairs.exceeds(if self.is_growing { LARGER } else { SMALLER }) {
+            Mode::Compare { first: first @ None, .. } => *first = Some(rate),
+            Mode::Compare { other, pairs, first } => {
+                let ratio = rate / first.take().unwrap_or(rate);
+                let ratio = if pairs.begins_with_other() { ratio.recip() } else { ratio };
+                if self.is_on_its_way_up && self.is_growing && pairs.count == 0 && ratio > SURE {
+                    self.size = *other;
+                    self.compare(Some(rate));
+                    return;
+                }
+                pairs.add(ratio.ln());
+                let is_far = f64::from(self.size) / rate > FAR.as_secs_f64();
+                let demand = match (self.is_growing, self.is_on_its_way_up) {
+                    (true, true) if is_far => UP_FAR,
+                    (true, true) => UP,
+                    (true, false) => LARGER,
+                    (false, _) => SMALLER,
+                };
+                match pairs.meet(demand) {
                     None => {}
                     Some(true) => {
                         self.size = *other;
                         self.hold = HOLD.0;
-                        self.compare();
+                        self.compare(None);
                     }
                     Some(false) => {
                         self.is_growing = !self.is_growing;
+                        self.is_on_its_way_up = false;
                         self.mode = Mode::Hold { until: now + self.hold };
                         self.hold = (self.hold * 3 / 2).min(HOLD.1);
                     }
@@ -207,8 +230,9 @@ impl Sizing {
         }
     }
 
-    /// Begins to compare with the next size in the direction, or in the other one at a bound.
-    fn compare(&mut self) {
+    /// Begins to compare with the next size in the direction, or in the other one at a bound. With the rate of this size, if
+    /// it was measured just now.
+    fn compare(&mut self, first: Option<f64>) {
         self.is_growing = (self.is_growing || self.size == self.min) && self.size < self.max;
         let other = if self.is_growing {
             self.size.saturating_mul(2).min(self.max)
@@ -216,7 +240,7 @@ impl Sizing {
             // About the square root of a half.
             (self.size - self.size * 3 / 10).clamp(self.min, self.size - 1)
         };
-        self.mode = Mode::Compare { other, pairs: Pairs::default(), ours: None };
+        self.mode = Mode::Compare { other, pairs: Pairs::default(), first };
     }
 }
 
@@ -252,9 +276,14 @@ mod tests {
     }
 
     /// What becomes of a window that is always full. `see` is told the clock, the window, and messages and rate of each run.
-    fn drive(
+    fn drive(sizing: &mut Sizing, broker: Broker, noise: f64, seed: u64, seconds: f64, see: impl FnMut(f64, [f64; 3])) {
+        drive_over_time(sizing, |window, _| broker(window), noise, seed, seconds, see);
+    }
+
+    /// The same with a broker whose rate is of the clock too.
+    fn drive_over_time(
         sizing: &mut Sizing,
-        broker: Broker,
+        broker: impl Fn(f64, f64) -> f64,
         noise: f64,
         seed: u64,
         seconds: f64,
@@ -265,7 +294,7 @@ mod tests {
             let window = f64::from(sizing.now());
             // Noise comes in spells of about a turn.
             let noise = ((0..12).map(|_| random.f64()).sum::<f64>() - 6.0) * noise;
-            let (rate, turn_ends) = (broker(window) * noise.exp(), sizing.turn.began.is_some());
+            let (rate, turn_ends) = (broker(window, clock) * noise.exp(), sizing.turn.began.is_some());
             let run = (sizing.now() / 4).max(1);
             for _ in 0..10_000 {
                 clock += f64::from(run) / rate;
@@ -328,7 +357,7 @@ mod tests {
     /// A pipe of 3,000: the last doubling was one too many, and to find that out in turns takes seconds there.
     #[test]
     fn a_long_pipe_is_filled_and_not_filled_twice_within_seconds() {
-        for noise in [0.0, 0.02] {
+        for noise in [0.0, 0.02, 0.05] {
             for seed in 0..20 {
                 let mut sizing = Sizing::new(MIN, 10_000);
                 drive(&mut sizing, far, noise, seed, 5.0, |_, _| {});
@@ -337,19 +366,25 @@ mod tests {
         }
     }
 
+    /// There a window is in use for seconds before it is known to be too large.
     #[test]
-    fn a_doubling_that_was_taken_back_is_not_what_is_tried_next() {
-        let (mut sizing, mut next) = (Sizing::new(MIN, 10_000), None);
-        while next.is_none() {
-            drive(&mut sizing, far, 0.0, 0, 0.1, |_, _| {});
-            if let Mode::Compare { other, .. } = &sizing.mode {
-                next = Some(*other);
-            }
-        }
-        assert!(next < Some(sizing.size), "{next:?} after {}", sizing.size);
+    fn far_away_the_way_up_ends_with_the_first_doubling_that_brings_little() {
+        let average = |seed| {
+            let (mut messages, mut windows) = (0.0, 0.0);
+            drive(&mut Sizing::new(MIN, 10_000), far, 0.1, seed, 6.0, |clock, [window, run, _]| {
+                if clock > 4.0 {
+                    messages += run;
+                    windows += run * window;
+                }
+            });
+            windows / messages
+        };
+        let mut averages: Vec<f64> = (0..100).map(average).collect();
+        averages.sort_by(f64::total_cmp);
+        assert!(averages[50] < 4200.0, "{averages:?}");
     }
 
-    /// Turns that noise makes better than the ones before lead further up at each doubling: what brought nothing is no start.
+    /// Turns that noise makes better must not lead further up and up: what brought nothing is no start.
     #[test]
     fn of_a_rate_that_is_full_the_first_doubling_is_hardly_ever_exceeded() {
         const RUNS: usize = 200;
@@ -363,21 +398,35 @@ mod tests {
         assert!(sizes[RUNS / 2] <= FIRST && sizes[RUNS * 9 / 10] <= 2 * FIRST, "{sizes:?}");
     }
 
-    /// There each doubling brings a little for long, and comparing tells quickly which was too much.
     #[test]
-    fn near_by_the_last_doubling_is_kept_and_compared() {
-        let mut sizing = Sizing::new(MIN, MAX);
-        drive(&mut sizing, that_syncs, 0.0, 0, 1.0, |_, _| {});
-        assert_eq!((sizing.size, matches!(sizing.mode, Mode::Compare { .. })), (512, true));
+    fn noise_that_never_clears_is_decided_in_the_end() {
+        let mut pairs = Pairs::default();
+        for count in 1..=LARGER.pairs_max {
+            // Better by 4 % on average, which is less than its error.
+            pairs.add(0.04 + if count % 2 == 0 { 0.4 } else { -0.4 });
+            for (demand, answer) in [(UP, true), (UP_FAR, false), (LARGER, false), (SMALLER, true)] {
+                let decided = pairs.meet(demand);
+                assert_eq!(decided.is_some(), count >= demand.pairs_max, "{demand:?}, {count} pairs");
+                if count.is_multiple_of(2) {
+                    assert!(decided.is_none_or(|decided| decided == answer), "{demand:?}, {count} pairs");
+                }
+            }
+        }
     }
 
+    /// A broker that just began doubles its rate within a second, whatever the window: no reason for a larger one.
     #[test]
-    fn noise_that_never_clears_decides_later_to_grow_than_to_shrink() {
-        let mut pairs = Pairs::default();
-        for count in 1..=2 * PAIRS_MAX {
-            pairs.add(if count % 2 == 0 { 0.2 } else { -0.2 });
-            assert_eq!(pairs.exceeds(SMALLER).is_some(), count >= PAIRS_MAX, "{count} pairs");
-            assert_eq!(pairs.exceeds(LARGER).is_some(), count == 2 * PAIRS_MAX, "{count} pairs");
+    fn what_gets_faster_by_itself_does_not_lead_further_up() {
+        for noise in [0.0, 0.02, 0.05] {
+            let size = |seed| {
+                let mut sizing = Sizing::new(MIN, 10_000);
+                let warming = |window: f64, clock: f64| in_batches(window) * (1.0 - 0.5 * (-2.0 * clock).exp());
+                drive_over_time(&mut sizing, warming, noise, seed, 1.5, |_, _| {});
+                sizing.size
+            };
+            let mut sizes: Vec<u32> = (0..100).map(size).collect();
+            sizes.sort_unstable();
+            assert!(sizes[50] <= FIRST && sizes[90] <= 2 * FIRST, "noise {noise}: {sizes:?}");
         }
     }
 
