@@ -10,6 +10,8 @@ mod rabbitmq;
 mod restarts;
 mod versions;
 
+use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
@@ -120,7 +122,12 @@ impl<'a> Surroundings<'a> {
         let _alone = HBA.lock().unwrap();
         let path = self.postgres.data_dir().join("pg_hba.conf");
         let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, format!("{line}\n{text}")).unwrap();
+        // Aside first: the postmaster says that it reads before it does, and would go on with its old rules if it found the
+        // file of another case empty.
+        let aside = path.with_extension("new");
+        std::fs::write(&aside, format!("{line}\n{text}")).unwrap();
+        std::fs::set_permissions(&aside, std::fs::Permissions::from_mode(0o644)).unwrap();
+        std::fs::rename(&aside, &path).unwrap();
         self.postgres.reload().unwrap();
     }
 
@@ -223,7 +230,9 @@ impl<'a> Surroundings<'a> {
             psql.args(["-w", "psql", "-X", "-v", "ON_ERROR_STOP=1", "-d", &url, "-c", sql]);
             let mut psql = psql.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
             let mut stdin = psql.stdin.take().unwrap();
-            std::io::Write::write_all(&mut stdin, format!("{PASSWORD}\n{PASSWORD}\n").as_bytes()).unwrap();
+            let written = std::io::Write::write_all(&mut stdin, format!("{PASSWORD}\n{PASSWORD}\n").as_bytes());
+            // One that asks for nothing may be done already.
+            assert!(written.is_ok() || written.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe));
             drop(stdin);
             let output = psql.wait_with_output().unwrap();
             (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
