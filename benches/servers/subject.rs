@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use pgoutbox::servers::free_ports;
+use pgoutbox::servers::Port;
 
 use crate::arena::{Arena, DATABASE, POLLED};
 use crate::bare::amqp::Publisher;
@@ -158,7 +158,7 @@ pub(crate) struct Program {
     child: Child,
     log: tempfile::NamedTempFile,
     /// Of pgoutbox' probes and metrics.
-    pub(crate) port: u16,
+    port: Option<Port>,
 }
 
 impl Program {
@@ -166,11 +166,11 @@ impl Program {
     pub(crate) fn own(name: &str, settings: &[(&str, &str)]) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["subject", name]).args(settings.iter().map(|(key, value)| format!("{key}={value}")));
-        Self::spawn(command.stdout(Stdio::piped()), 0)
+        Self::spawn(command.stdout(Stdio::piped()), None)
     }
 
     pub(crate) fn pgoutbox(binary: &PathBuf, url: &str, slot: &str, settings: &[(&str, String)]) -> Self {
-        let [port] = free_ports().unwrap();
+        let port = Port::pick().unwrap();
         let mut command = Command::new(binary);
         // A PGPORT or an AMQP_URL of the caller means other servers.
         let foreign = |name: &String| name.starts_with("PG") || name == "AMQP_URL" || name == "RUST_LOG";
@@ -178,14 +178,14 @@ impl Program {
             command.env_remove(name);
         }
         command.arg("run").env("DATABASE_URL", url).arg("--set").arg(format!("postgres.slot={slot}"));
-        command.arg("--set").arg(format!("http.listen=127.0.0.1:{port}"));
+        command.arg("--set").arg(format!("http.listen=127.0.0.1:{}", port.number()));
         for (key, value) in settings {
             command.arg("--set").arg(format!("{key}={value}"));
         }
-        Self::spawn(command.stdout(Stdio::null()), port)
+        Self::spawn(command.stdout(Stdio::null()), Some(port))
     }
 
-    fn spawn(command: &mut Command, port: u16) -> Self {
+    fn spawn(command: &mut Command, port: Option<Port>) -> Self {
         let log = tempfile::NamedTempFile::new().unwrap();
         let child = command.stdin(Stdio::null()).stderr(log.reopen().unwrap()).spawn();
         Self { child: child.unwrap_or_else(|error| panic!("{command:?}: {error}")), log, port }
@@ -201,7 +201,7 @@ impl Program {
 
     /// Body of a GET with status 200; `None` while nobody answers so.
     pub(crate) fn get(&self, path: &str) -> Option<String> {
-        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port.as_ref()?.number())).ok()?;
         write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
         let mut text = String::new();
         stream.read_to_string(&mut text).ok()?;

@@ -6,7 +6,8 @@
 //! The trap: ports. The usual "bind port 0 and remember" hands out ports of the ephemeral range, and a client that keeps
 //! reconnecting to a *stopped* server on such a port is sooner or later given that same port as its source. TCP then
 //! connects the socket to itself (a simultaneous open, RFC 9293 section 3.5): the client reads its own bytes back, and the
-//! server cannot come back because its port is taken. So ports are picked below the ephemeral range.
+//! server cannot come back because its port is taken. So ports are picked below the ephemeral range. There, another program
+//! of ours may pick the port of a server that is down for a moment: so a port is claimed for as long as somebody means it.
 
 mod installation;
 mod keeper;
@@ -16,6 +17,8 @@ mod rabbitmq;
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::time::Duration;
 
@@ -24,8 +27,11 @@ pub use postgres::Postgres;
 pub(crate) use process::Process;
 pub use rabbitmq::{Extras, RabbitMq, Tls};
 
-/// Two programs may pick the same port between our look and the server's bind; each further attempt picks anew.
+/// A stranger may take the port between our look and the server's bind; each further attempt picks anew.
 const START_ATTEMPTS_MAX: u32 = 4;
+
+/// Below it are the ports of services that this machine may have.
+const LOWEST: u16 = 10_000;
 
 /// Enough of a server's log to hold its reason, little enough to read in a terminal.
 const LOG_TAIL_LINES: usize = 20;
@@ -84,40 +90,53 @@ impl Error {
     }
 }
 
-/// Ports on loopback, all different, free a moment ago, and outside the ephemeral range (see the module).
-///
-/// # Errors
-/// `Io` when there is none.
-pub fn free_ports<const N: usize>() -> Result<[u16; N], Error> {
-    let mut held = Vec::with_capacity(N);
-    while held.len() < N {
-        held.push(free_port().map_err(Error::io("find a free port on 127.0.0.1"))?);
-    }
-    // Held until all are found, so that no two are the same.
-    let mut ports = [0; N];
-    for (port, listener) in ports.iter_mut().zip(&held) {
-        *port = listener.local_addr().map_err(Error::io("read the port of a socket"))?.port();
-    }
-    Ok(ports)
+/// A port on loopback, free when it was picked, and outside the ephemeral range (see the module). While this lives, nobody
+/// else who asks for one is given the same: neither in this program nor in another one on this machine.
+#[derive(Debug)]
+pub struct Port {
+    number: u16,
+    /// A name in the kernel, of this network namespace, that goes with the program that holds it, however that ends.
+    _claim: UnixDatagram,
 }
 
-fn free_port() -> io::Result<TcpListener> {
-    const LOWEST: u16 = 10_000;
-    const PICKS_MAX: u32 = 200;
-    let ephemeral = ephemeral_lowest();
-    if ephemeral > LOWEST + 1_000 {
-        for _ in 0..PICKS_MAX {
-            if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(LOWEST..ephemeral))) {
-                return Ok(listener);
+impl Port {
+    /// Picks one.
+    ///
+    /// # Errors
+    /// `Io` when there is none.
+    pub fn pick() -> Result<Self, Error> {
+        const PICKS_MAX: u32 = 200;
+        let range = LOWEST..end();
+        let mut picked = Self::claim(fastrand::u16(range.clone()));
+        for _ in 1..PICKS_MAX {
+            if picked.is_ok() {
+                break;
             }
+            picked = Self::claim(fastrand::u16(range.clone()));
         }
+        picked.map_err(Error::io("find a free port on 127.0.0.1"))
     }
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+
+    /// The port.
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
+    /// The claim first: to look is to take the port for a moment, which may be the one in which its server comes back.
+    fn claim(number: u16) -> io::Result<Self> {
+        let name = SocketAddr::from_abstract_name(format!("pgoutbox-port-{number}"))?;
+        let claim = UnixDatagram::bind_addr(&name)?;
+        TcpListener::bind((Ipv4Addr::LOCALHOST, number))?;
+        Ok(Self { number, _claim: claim })
+    }
 }
 
-fn ephemeral_lowest() -> u16 {
+/// The first port that is not picked: the ephemeral range begins there, or below all that could be picked.
+fn end() -> u16 {
+    const DEFAULT: u16 = 32_768;
     let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    range.split_whitespace().next().and_then(|lowest| lowest.parse().ok()).unwrap_or(32_768)
+    let lowest = range.split_whitespace().next().and_then(|lowest| lowest.parse().ok()).unwrap_or(DEFAULT);
+    if lowest > LOWEST + 1_000 { lowest } else { DEFAULT }
 }
 
 fn read_lossy(path: &Path) -> String {
@@ -136,10 +155,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn free_ports_differ_and_are_not_ephemeral() {
-        let [a, b, c] = free_ports::<3>().unwrap();
-        assert!(a != b && b != c && a != c);
-        assert!([a, b, c].iter().all(|&port| port < ephemeral_lowest()));
+    fn a_port_that_somebody_means_is_nobody_elses_and_none_is_ephemeral() {
+        let port = Port::pick().unwrap();
+        let number = port.number();
+        assert!((LOWEST..end()).contains(&number), "{number}");
+        // Its server is down for the moment, or was not started yet.
+        assert!(TcpListener::bind((Ipv4Addr::LOCALHOST, number)).is_ok());
+        assert_eq!(Port::claim(number).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(port);
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, number)).unwrap();
+        assert_eq!(Port::claim(number).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(listener);
+        assert_eq!(Port::claim(number).unwrap().number(), number);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::installation::Installation;
 use super::keeper::Keeper;
 use super::process::{Process, gone_within, true_within};
-use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
+use super::{Error, Port, START_ATTEMPTS_MAX, read_lossy, tail};
 
 /// Recovery after a kill included, which writes every file to disk; generous, because the machine may be building something
 /// else.
@@ -49,7 +49,7 @@ host  replication all 127.0.0.1/32 trust
 #[derive(Debug)]
 pub struct Postgres {
     installation: Installation,
-    port: u16,
+    port: Port,
     postmaster: Option<Process>,
     data: PathBuf,
     socket: PathBuf,
@@ -76,10 +76,9 @@ impl Postgres {
             attempt += 1;
             match server.start_again() {
                 Err(_) if attempt < START_ATTEMPTS_MAX && server.log().contains("Address already in use") => {
-                    let [port] = free_ports()?;
-                    server.port = port;
+                    server.port = Port::pick()?;
                     let _ = std::fs::remove_file(&server.log);
-                    server.append_conf(&format!("port = {port}"))?;
+                    server.append_conf(&format!("port = {}", server.port()))?;
                 }
                 result => return result.map(|()| server),
             }
@@ -127,7 +126,7 @@ impl Postgres {
         std::fs::write(&signal, "").map_err(Error::io("write standby.signal"))?;
         self.installation.give(&signal, 0o600)?;
         standby.configure(settings)?;
-        let primary = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port);
+        let primary = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port());
         standby.append_conf(&format!("primary_conninfo = {}", quoted(&primary)))?;
         self.start_again()?;
         standby.start_again().map(|()| standby)
@@ -141,7 +140,7 @@ impl Postgres {
     /// The same for someone else; every part is escaped.
     pub fn url_for(&self, user: &str, password: Option<&str>, database: &str) -> String {
         let password = password.map(|password| format!(":{}", escaped(password))).unwrap_or_default();
-        format!("postgres://{}{password}@127.0.0.1:{}/{}", escaped(user), self.port, escaped(database))
+        format!("postgres://{}{password}@127.0.0.1:{}/{}", escaped(user), self.port(), escaped(database))
     }
 
     /// The directory of the Unix socket, for `host=`.
@@ -151,7 +150,7 @@ impl Postgres {
 
     /// The port on 127.0.0.1, and of the Unix socket's name. It stays the same for the life of this value.
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// PGDATA. Only root and the user the server runs as can enter it.
@@ -275,10 +274,9 @@ impl Postgres {
             std::fs::create_dir(path.join(name)).map_err(Error::io(format!("make {name}")))?;
             installation.give(&path.join(name), mode)?;
         }
-        let [port] = free_ports()?;
         Ok(Self {
             installation,
-            port,
+            port: Port::pick()?,
             postmaster: None,
             data: path.join("data"),
             socket: path.join("socket"),
@@ -312,7 +310,7 @@ impl Postgres {
 
     /// Writes down where it listens.
     fn place(&self) -> Result<(), Error> {
-        self.append_conf(&format!("port = {}", self.port))?;
+        self.append_conf(&format!("port = {}", self.port()))?;
         self.append_conf(&format!("unix_socket_directories = {}", quoted(&self.socket.display().to_string())))
     }
 
@@ -338,7 +336,7 @@ impl Postgres {
             let _ = Command::new("ipcrm").args(["-m", id]).stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
         let _ = std::fs::remove_file(self.data.join(PID_FILE));
-        let _ = std::fs::remove_file(self.socket.join(format!(".s.PGSQL.{}.lock", self.port)));
+        let _ = std::fs::remove_file(self.socket.join(format!(".s.PGSQL.{}.lock", self.port())));
     }
 }
 

@@ -14,6 +14,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -21,7 +22,7 @@ use tempfile::TempDir;
 
 use super::keeper::Keeper;
 use super::process::{Process, gone_within, true_within};
-use super::{Error, START_ATTEMPTS_MAX, free_ports, read_lossy, tail};
+use super::{Error, Port, START_ATTEMPTS_MAX, read_lossy, tail};
 
 /// Where Debian, and RabbitMQ's own packages, put the scripts and Erlang, below the root.
 const BIN: &str = "usr/lib/rabbitmq/bin";
@@ -73,10 +74,11 @@ impl std::fmt::Debug for Tls {
 pub struct RabbitMq {
     root: PathBuf,
     node: String,
-    port: u16,
-    tls_port: Option<u16>,
-    distribution_port: u16,
-    epmd_port: u16,
+    port: Port,
+    tls_port: Option<Port>,
+    distribution_port: Port,
+    /// The first node's, in a cluster.
+    epmd_port: Arc<Port>,
     epmd: Option<Child>,
     beam: Option<Child>,
     // Dropped in this order, after our own Drop killed both children.
@@ -121,17 +123,17 @@ impl RabbitMq {
 
     /// `amqp://guest:guest@127.0.0.1:PORT/%2f`.
     pub fn url(&self) -> String {
-        format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.port)
+        format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.port())
     }
 
     /// The AMQP port on 127.0.0.1. It stays the same for the life of this value.
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// The TLS port on 127.0.0.1, of a node that has one.
     pub fn tls_port(&self) -> Option<u16> {
-        self.tls_port
+        self.tls_port.as_ref().map(Port::number)
     }
 
     /// From now on it shows this certificate; the listener reads it anew once Erlang has forgotten what it has read.
@@ -240,15 +242,15 @@ impl RabbitMq {
         let directory = tempfile::Builder::new().prefix("pgoutbox-rabbitmq-").tempdir();
         let directory = directory.map_err(Error::io("make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
-        let [port, tls_port, distribution_port, epmd_port] = free_ports()?;
-        let tls_port = extras.tls.as_ref().map(|_| tls_port);
-        let epmd_port = first.map_or(epmd_port, |first| first.epmd_port);
-        let node = format!("pgoutbox-{port}@localhost");
+        let (port, distribution_port) = (Port::pick()?, Port::pick()?);
+        let tls_port = extras.tls.as_ref().map(|_| Port::pick()).transpose()?;
+        let epmd_port = first.map_or_else(|| Port::pick().map(Arc::new), |first| Ok(first.epmd_port.clone()))?;
+        let node = format!("pgoutbox-{}@localhost", port.number());
         let (epmd, beam) = (None, None);
         let server = Self { root, node, port, tls_port, distribution_port, epmd_port, epmd, beam, directory, keeper };
         server.write("enabled_plugins", &format!("[{}].\n", extras.plugins.join(",")))?;
         let mut configuration = CONFIGURATION.to_owned() + &extras.configuration;
-        if let (Some(tls), Some(port)) = (&extras.tls, tls_port) {
+        if let (Some(tls), Some(port)) = (&extras.tls, server.tls_port()) {
             configuration += &server.listen_for_tls(tls, port)?;
         }
         if let Some(first) = first {
@@ -280,7 +282,7 @@ impl RabbitMq {
         if self.epmd_listens() {
             return Ok(());
         }
-        let port = self.epmd_port.to_string();
+        let port = self.epmd_port.number().to_string();
         let mut epmd = self.command(Path::new("epmd"));
         epmd.args(["-port", &port, "-address", "127.0.0.1"]).stdout(Stdio::null()).stderr(Stdio::null());
         let epmd = self.epmd.insert(epmd.spawn().map_err(Error::io("run epmd, which comes with Erlang"))?);
@@ -295,13 +297,13 @@ impl RabbitMq {
     }
 
     fn epmd_listens(&self) -> bool {
-        TcpStream::connect((Ipv4Addr::LOCALHOST, self.epmd_port)).is_ok()
+        TcpStream::connect((Ipv4Addr::LOCALHOST, self.epmd_port.number())).is_ok()
     }
 
     fn wait_until_it_answers(&mut self) -> Result<(), Error> {
         let doing = "start RabbitMQ".to_owned();
         let log = self.path("rabbit.log");
-        let (port, has_tls) = (self.port, self.tls_port.is_some());
+        let (port, has_tls) = (self.port(), self.tls_port.is_some());
         let mut answers = false;
         let mut ended = false;
         let in_time = true_within(START_WITHIN, || {
@@ -338,9 +340,9 @@ impl RabbitMq {
             ("RABBITMQ_CTL_ERL_ARGS", "+S 1:1 -start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"),
         ]);
         command.env("RABBITMQ_NODENAME", &self.node);
-        command.env("RABBITMQ_NODE_PORT", self.port.to_string());
-        command.env("RABBITMQ_DIST_PORT", self.distribution_port.to_string());
-        command.env("ERL_EPMD_PORT", self.epmd_port.to_string());
+        command.env("RABBITMQ_NODE_PORT", self.port().to_string());
+        command.env("RABBITMQ_DIST_PORT", self.distribution_port.number().to_string());
+        command.env("ERL_EPMD_PORT", self.epmd_port.number().to_string());
         for (variable, file) in FILES {
             command.env(variable, self.path(file));
         }

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
-use pgoutbox::servers::{Postgres, RabbitMq, free_ports};
+use pgoutbox::servers::{Port, Postgres, RabbitMq};
 
 use crate::support::consumer::Consumer;
 use crate::support::relay::pgoutbox;
@@ -228,9 +228,12 @@ async fn deliver_as_the_service_would() {
     // The defaults of the shipped file: the exchange is `outbox`.
     let (client, name) = (connect(&url).await, "outbox".to_owned());
     let outbox = Outbox { client, url: url.clone(), amqp: rabbitmq.url(), name };
-    let [port] = free_ports().unwrap();
-    let environment =
-        [("DATABASE_URL", url), ("AMQP_URL", rabbitmq.url()), ("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{port}"))];
+    let port = Port::pick().unwrap();
+    let environment = [
+        ("DATABASE_URL", url),
+        ("AMQP_URL", rabbitmq.url()),
+        ("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{}", port.number())),
+    ];
     let command = |line: &str| {
         let mut words = line.split(' ');
         let mut command = Command::new(words.next().unwrap());

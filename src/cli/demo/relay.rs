@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::error::Error;
-use crate::servers::{Keeper, Process, free_ports};
+use crate::servers::{Keeper, Port, Process};
 
 /// Longer than the relay's own `run.drain_timeout`.
 const STOP_WITHIN: Duration = Duration::from_secs(35);
@@ -31,7 +31,7 @@ const CONFIGURING: [&str; 3] = ["PG", "DATABASE_URL", "AMQP_URL"];
 pub(super) struct Relay {
     postgres_url: String,
     amqp_url: String,
-    http_port: u16,
+    http_port: Port,
     log: PathBuf,
     child: Option<Child>,
     // Dropped in this order, after our own Drop ended the child.
@@ -44,7 +44,7 @@ impl Relay {
         let directory = tempfile::Builder::new().prefix("pgoutbox-relay-").tempdir();
         let directory = directory.map_err(system("cannot make a temporary directory"))?;
         let keeper = Keeper::of(directory.path())?;
-        let [http_port] = free_ports()?;
+        let http_port = Port::pick()?;
         let log = directory.path().join("relay.log");
         Ok(Self { postgres_url, amqp_url, http_port, log, child: None, directory, keeper })
     }
@@ -70,7 +70,7 @@ impl Relay {
     }
 
     pub(super) fn http_port(&self) -> u16 {
-        self.http_port
+        self.http_port.number()
     }
 
     /// An error once it ended by itself, which it never should.
@@ -124,7 +124,7 @@ impl Relay {
         command
             .env("DATABASE_URL", &self.postgres_url)
             .env("AMQP_URL", &self.amqp_url)
-            .env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{}", self.http_port))
+            .env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{}", self.http_port()))
             .stdin(Stdio::null())
             .stderr(log.map_err(system("cannot write the relay's log"))?);
         Ok(command)

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use pgoutbox::servers::{Extras, RabbitMq, Tls, free_ports};
+use pgoutbox::servers::{Extras, Port, RabbitMq, Tls};
 use pgoutbox::sink::Sink;
 use pgoutbox::sink::rabbitmq::{Address, Files, Settings};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, date_time_ymd};
@@ -308,8 +308,9 @@ async fn a_relay_delivers_over_tls_to_the_first_host_that_lives() {
     let roots = home.write("roots.pem", &authority.pem);
     let outbox = Outbox::create(shared_postgres(), &broker).await;
     let consumer = Consumer::start(&outbox).await;
-    let [dead] = free_ports().unwrap();
-    let urls = [dead, broker.tls_port().unwrap()].map(|port| format!("amqps://relay:{CANARY}@localhost:{port}/%2f"));
+    let dead = Port::pick().unwrap();
+    let urls =
+        [dead.number(), broker.tls_port().unwrap()].map(|port| format!("amqps://relay:{CANARY}@localhost:{port}/%2f"));
     let authorities = roots.display().to_string();
     let relay =
         Relay::start_at(&outbox.url, &urls.join(","), &outbox.name, &[("rabbitmq.tls_ca", authorities.as_str())]);

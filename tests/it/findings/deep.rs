@@ -3,7 +3,7 @@
 //! The trap: a probe that publishes "only a test message" is a message. So the queues are looked at afterwards.
 
 use lapin::options::BasicGetOptions;
-use pgoutbox::servers::{Extras, Postgres, RabbitMq, free_ports};
+use pgoutbox::servers::{Extras, Port, Postgres, RabbitMq};
 use serde_json::Value as Json;
 
 use super::Run::Stops;
@@ -248,13 +248,14 @@ async fn routing_keys_that_a_user_may_not_use_are_found_by_those_of_the_last_row
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_stands_behind_the_exchange_is_told_by_the_management_api() {
-    let [port] = free_ports().unwrap();
-    let configuration = format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
+    let port = Port::pick().unwrap();
+    let number = port.number();
+    let configuration = format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {number}\n");
     let plugins = vec!["rabbitmq_management".to_owned()];
     let rabbitmq = RabbitMq::start_with(&Extras { plugins, configuration, tls: None }).unwrap();
     let surroundings = Surroundings::of(shared_postgres(), &rabbitmq).await;
     surroundings.may_read().await;
-    let url = format!("http://127.0.0.1:{port}");
+    let url = format!("http://127.0.0.1:{number}");
     let look = |url: &str| {
         let (code, looks) = surroundings.check_with(&["--deep", "--management-url", url]);
         assert_eq!(code, 0, "{looks:#?}");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pgoutbox::servers::free_ports;
+use pgoutbox::servers::Port;
 
 use super::{Outbox, PATIENCE};
 
@@ -15,7 +15,7 @@ use super::{Outbox, PATIENCE};
 pub(crate) struct Relay {
     child: Child,
     log: tempfile::NamedTempFile,
-    port: u16,
+    port: Port,
 }
 
 /// How a relay is started, where that is not the plain way.
@@ -89,13 +89,13 @@ impl Relay {
     /// The same in another way.
     pub(crate) fn start_at_by(way: Way, url: &str, amqp: &str, name: &str, settings: &[(&str, &str)]) -> Self {
         // Not one of the range that connections are given theirs from: it would be gone before the relay listens.
-        let [port] = free_ports().unwrap();
+        let port = Port::pick().unwrap();
         let log = tempfile::NamedTempFile::new().unwrap();
         let mut command = pgoutbox();
         command
             .arg("run")
             .envs(environment(url, amqp, name))
-            .env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{port}"));
+            .env("PGOUTBOX__HTTP__LISTEN", format!("127.0.0.1:{}", port.number()));
         for (key, value) in settings {
             command.arg("--set").arg(format!("{key}={value}"));
         }
@@ -115,7 +115,7 @@ impl Relay {
 
     /// Of probes and metrics.
     pub(crate) fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -169,7 +169,7 @@ impl Relay {
     /// Status code and body of a GET; 0 while nobody listens.
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let mut text = String::new();
-        let asked = TcpStream::connect(("127.0.0.1", self.port)).and_then(|mut stream| {
+        let asked = TcpStream::connect(("127.0.0.1", self.port())).and_then(|mut stream| {
             stream.set_read_timeout(Some(Duration::from_secs(5)))?;
             write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
             stream.read_to_string(&mut text)

@@ -151,9 +151,9 @@ impl Link {
 
 async fn listen() -> TcpListener {
     loop {
-        // Somebody may take the port between the look and the bind.
-        let [port] = pgoutbox::servers::free_ports().unwrap();
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)).await {
+        // A stranger may take the port between the look and the bind.
+        let port = pgoutbox::servers::Port::pick().unwrap();
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port.number())).await {
             return listener;
         }
     }
