@@ -88,7 +88,8 @@ const TABLES: [Table; 8] = [
 /// Writes it all below `target/bench`; returns the tables and where they are.
 pub(crate) fn write(arena: &Arena, results: &Results, command: &str) -> String {
     let directory = directory();
-    let about = about(arena, command);
+    let mut about = about(arena, command);
+    about.extend(results.noise().map(noise));
     let bars = bars::bars(results);
     let text = markdown(&about, results, &bars);
     put(&directory, "results.md", &text);
@@ -150,6 +151,12 @@ fn about(arena: &Arena, command: &str) -> Vec<(&'static str, String)> {
         ("rounds", rounds().to_string()),
         ("load at the end, its own included", load),
     ]
+}
+
+fn noise((median, tenth): (f64, f64)) -> (&'static str, String) {
+    let percent = |part: f64| format!("{:.0} %", 100.0 * part);
+    let text = format!("{}, every tenth time by more than {}", percent(median), percent(tenth));
+    ("noise: from one round to the next a program's own rate differs by", text)
 }
 
 fn markdown(about: &[(&'static str, String)], results: &Results, bars: &[Bar]) -> String {

@@ -72,6 +72,22 @@ impl Results {
         Spread::of(ours.filter_map(|(round, figure)| Some(figure / other(round)?)).collect())
     }
 
+    /// How much the rate of a program differs from its own in the round before, in parts of 1: the median of all, and what
+    /// every tenth exceeds. No ratio of one round says more than that.
+    pub(crate) fn noise(&self) -> Option<(f64, f64)> {
+        let figure = |each: &Measurement| each.values.iter().find(|(name, _)| *name == "rate").map(|(_, rate)| *rate);
+        let is_same = |a: &Measurement, b: &Measurement| {
+            (a.part, &a.scenario, &a.subject, a.round + 1) == (b.part, &b.scenario, &b.subject, b.round)
+        };
+        let change = |a: &Measurement| {
+            let b = self.measurements.iter().find(|b| is_same(a, b))?;
+            Some((figure(b)? / figure(a)?).ln().abs())
+        };
+        let mut changes: Vec<f64> = self.measurements.iter().filter_map(change).collect();
+        changes.sort_by(f64::total_cmp);
+        Some((*changes.get(changes.len() / 2)?, *changes.get(changes.len() * 9 / 10)?))
+    }
+
     /// Scenarios of a part, in the order in which they were measured.
     pub(crate) fn scenarios(&self, part: &str) -> Vec<String> {
         in_order(self.measurements.iter().filter(|each| each.part == part).map(|each| &each.scenario))
