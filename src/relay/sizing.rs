@@ -13,8 +13,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Where it begins, and about where it stays for the first seconds where rates are too noisy to be compared. In the model of
-/// the tests, a third less costs a queue that syncs 7 % of its rate there, and a third more one that does not twice its
-/// latency.
+/// the tests, there, a queue that syncs loses 7 % of its rate with a third less, and one that does not has more than twice
+/// the latency it needs with a third more.
 const FIRST: u32 = 192;
 
 /// A turn lasts so many windows, and so long at least: shorter ones measure the scheduler.
